@@ -1,0 +1,122 @@
+"""Ray at the edge: starting or joining a cluster, actor options, and waiting with a deadline and a name.
+
+Owns everything Ray needs that is not specific to one kind of worker. The workers live in `rollout_workers`, `learner_workers`
+and `reward_workers`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from bregman.engines.config import ClusterConfig
+from bregman.errors import ClusterError, UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+WORKER_ENV: Mapping[str, str] = {
+    # One thread per worker process unless a worker says otherwise: oversubscribed OpenMP threads fall to a tenth of the speed.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs keeps CUDA_VISIBLE_DEVICES as it is
+}
+
+
+def start(config: ClusterConfig) -> None:
+    """Start a Ray on this machine (`local`) or join a running one.
+
+    Raises:
+        ClusterError: no cluster answers at `config.address`.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    path = os.pathsep.join(p for p in (str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    options: dict[str, Any] = {
+        "runtime_env": {"env_vars": {**WORKER_ENV, "PYTHONPATH": path}},
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "configure_logging": False,
+    }
+    if config.address == "local":
+        workers = config.learner_workers + config.rollout_workers + config.reward_workers
+        options |= {
+            "num_cpus": max(os.cpu_count() or 1, workers),  # workers mostly take turns; threads, not slots, guard the cores
+            "include_dashboard": False,
+            "object_store_memory": 256 * 2**20,
+            "_node_ip_address": "127.0.0.1",
+        }
+    try:
+        ray.init(address=config.address, **options)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        raise ClusterError(
+            f"cluster.address ({config.address})",
+            f"no Ray cluster could be started or joined ({_first_line(error)})",
+            "use `local`, or start one with `ray start --head` and give its address",
+        ) from error
+
+
+def stop() -> None:
+    """Leave the cluster, ending it if this process started it."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def wait(refs: Sequence[Any], *, what: str, timeout: float) -> list[Any]:
+    """The results of `refs`, in order.
+
+    Args:
+        what: names the wait in the error, e.g. `rollout worker 0: generate`.
+        timeout: seconds for all of them together.
+
+    Raises:
+        UserError: as raised inside the worker.
+        ClusterError: the deadline passed, or a worker died.
+    """
+    started = time.monotonic()
+    try:
+        return ray.get(list(refs), timeout=timeout)
+    except ray.exceptions.GetTimeoutError:
+        raise ClusterError(what, f"no answer after {time.monotonic() - started:.0f} s", "raise cluster.step_timeout or look at the worker's log") from None
+    except ray.exceptions.RayTaskError as error:
+        cause = _user_error_in(error)
+        if cause is not None:
+            raise cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        raise ClusterError(what, f"the worker died ({_first_line(error)})", f"its log is in {log_folder()}; the same command resumes the run") from error
+
+
+def log_folder() -> str:
+    """Where Ray keeps the output of the workers."""
+    try:
+        return f"{ray._private.worker._global_node.get_logs_dir_path()}"
+    except AttributeError:
+        return "the logs of the Ray session"
+
+
+def say(text: str) -> None:
+    """A line in the worker's own log."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _user_error_in(error: BaseException) -> UserError | None:
+    """The user error that a worker raised, however deep Ray wrapped it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,82 @@
+"""Settings of the cluster, the rollout engine, the learner and the optimizer.
+
+Owns numbers and their checks; imports neither ray nor vllm nor torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from bregman.config import Config
+
+
+class ClusterConfig(Config):
+    """How many workers, where, and how long to wait for them."""
+
+    address: str = Field("local", description="`local` starts Ray here, `auto` joins a running cluster, or ray://host:port")
+    learner_workers: PositiveInt = Field(1, description="learner ranks, one per GPU (or CPU process)")
+    rollout_workers: PositiveInt = Field(1, description="vLLM engines")
+    reward_workers: PositiveInt = Field(1, description="processes that run reward functions")
+    gpus_per_rollout_worker: NonNegativeFloat = Field(0, description="GPUs of one engine; its tensor-parallel size if > 1")
+    gpus_per_learner_worker: NonNegativeFloat = 0
+    start_timeout: PositiveFloat = Field(300.0, description="seconds for a worker to come up")
+    step_timeout: PositiveFloat = Field(3600.0, description="seconds for one call to a worker")
+
+
+class EngineConfig(Config):
+    """vLLM settings; the defaults are measured for small models on a CPU."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_model_len: PositiveInt = Field(description="tokens of prompt and response together")
+    max_num_seqs: PositiveInt = Field(256, description="responses decoded at once")
+    max_num_batched_tokens: PositiveInt = 8192
+    kv_cache_mib: PositiveInt | None = Field(128, description="KV cache; null lets vLLM profile the GPU")
+    gpu_memory_utilization: PositiveFloat = Field(0.9, le=1.0)
+    enforce_eager: bool = Field(True, description="no compilation and no CUDA graphs: fast start, slower decode on a GPU")
+    weight_sync: Literal["auto", "shared_memory", "nccl", "ipc"] = "auto"
+
+
+class SamplingConfig(Config):
+    """How responses are drawn."""
+
+    num_samples: PositiveInt = Field(8, description="responses per problem (k)")
+    max_tokens: PositiveInt = Field(description="longest response")
+    temperature: NonNegativeFloat = 1.0
+    top_p: PositiveFloat = Field(1.0, le=1.0)
+    stop_on_repetition: bool = Field(False, description="vLLM's repetition detection ends looping responses early")
+
+
+class LearnerConfig(Config):
+    """How the model is trained, whatever the loss."""
+
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: weights and optimizer stay float32")
+    tokens_per_micro_batch: PositiveInt = Field(8192, description="token budget of one forward pass of one rank")
+    activation_checkpointing: bool = False
+    threads: PositiveInt = Field(1, description="CPU threads of one learner rank")
+
+
+class AdamWConfig(Config):
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+OptimizerConfig = AdamWConfig
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the steps of a stage, as shares of the optimizer's `learning_rate`."""
+
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_ratio: NonNegativeFloat = Field(0.1, le=1.0, description="rate at the last step over the peak")
+
+
+class CheckpointConfig(Config):
+    every: PositiveInt = Field(10, description="iterations (RL) or optimizer steps (SFT) between checkpoints")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
