@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from bregman.engines.config import ClusterConfig
 from bregman.errors import ClusterError, UserError
@@ -26,7 +27,6 @@ WORKER_ENV: Mapping[str, str] = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs keeps CUDA_VISIBLE_DEVICES as it is
 }
 
 
@@ -37,7 +37,7 @@ def start(config: ClusterConfig) -> None:
         ClusterError: no cluster answers at `config.address`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without GPUs keeps CUDA_VISIBLE_DEVICES as it is
     path = os.pathsep.join(p for p in (str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")) if p)
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": {**WORKER_ENV, "PYTHONPATH": path}},
@@ -51,8 +51,8 @@ def start(config: ClusterConfig) -> None:
             "num_cpus": max(os.cpu_count() or 1, workers),  # workers mostly take turns; threads, not slots, guard the cores
             "include_dashboard": False,
             "object_store_memory": 256 * 2**20,
-            "_node_ip_address": "127.0.0.1",
         }
+        _listen_on_loopback_only()
     try:
         ray.init(address=config.address, **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
@@ -61,6 +61,12 @@ def start(config: ClusterConfig) -> None:
             f"no Ray cluster could be started or joined ({_first_line(error)})",
             "use `local`, or start one with `ray start --head` and give its address",
         ) from error
+
+
+def _listen_on_loopback_only() -> None:
+    """Ray binds every server to the address it finds for its node; its single-machine mode takes 127.0.0.1 for that."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for Ray's own processes
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which has read the variable already
 
 
 def stop() -> None:
@@ -84,14 +90,16 @@ def wait(refs: Sequence[Any], *, what: str, timeout: float) -> list[Any]:
     try:
         return ray.get(list(refs), timeout=timeout)
     except ray.exceptions.GetTimeoutError:
-        raise ClusterError(what, f"no answer after {time.monotonic() - started:.0f} s", "raise cluster.step_timeout or look at the worker's log") from None
+        waited = f"no answer after {time.monotonic() - started:.0f} s"
+        raise ClusterError(what, waited, f"raise cluster.step_timeout, or look at the worker's log in {log_folder()}") from None
     except ray.exceptions.RayTaskError as error:
         cause = _user_error_in(error)
         if cause is not None:
             raise cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        raise ClusterError(what, f"the worker died ({_first_line(error)})", f"its log is in {log_folder()}; the same command resumes the run") from error
+        died = f"the worker died ({_first_line(error)})"
+        raise ClusterError(what, died, f"its log is in {log_folder()}; the same command resumes the run") from error
 
 
 def log_folder() -> str:
@@ -110,11 +118,9 @@ def say(text: str) -> None:
 def _user_error_in(error: BaseException) -> UserError | None:
     """The user error that a worker raised, however deep Ray wrapped it."""
     seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return None
+    while isinstance(seen, ray.exceptions.RayTaskError):  # Ray's wrapper also passes for the class that it wraps
+        seen = seen.cause
+    return seen if isinstance(seen, UserError) else None
 
 
 def _first_line(error: BaseException) -> str:
