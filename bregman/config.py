@@ -109,11 +109,13 @@ def _index(items: list[Any], key: str, override: str) -> int:
 def _explain(error: pydantic.ValidationError, section: type[Config], origin: str) -> RecipeError:
     problems = error.errors(include_url=False)
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    where = f"{origin}: {_dotted(first['loc'])}" if first["loc"] else origin
+    place, _ = _walk(section, first["loc"])
+    where = f"{origin}: {place}" if place else origin
     match first["type"]:
         case "extra_forbidden":
             key = str(first["loc"][-1])
-            close = difflib.get_close_matches(key, _keys_at(section, first["loc"][:-1]), n=1, cutoff=0.5)
+            known = [name for candidate in _walk(section, first["loc"][:-1])[1] for name in candidate.model_fields]
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             return RecipeError(where, f"unknown key `{key}`", f"did you mean `{close[0]}`?" if close else "remove it")
         case "missing":
             return RecipeError(where, "this key is required", "add it")
@@ -132,35 +134,21 @@ def _explain(error: pydantic.ValidationError, section: type[Config], origin: str
             return RecipeError(where, f"{message}, found {first['input']!r}")
 
 
-def _dotted(loc: Sequence[int | str]) -> str:
-    """`('stages', 2, 'rl', 'rollout')` -> `stages[2].rollout`; the tag that pydantic puts after a union is left out."""
-    text = ""
-    for position, part in enumerate(loc):
+def _walk(section: type[Config], loc: Sequence[int | str]) -> tuple[str, list[type[Config]]]:
+    """Follow a pydantic error location: its dotted form `stages[2].rollout`, without the union tags that pydantic puts in, and the
+    sections it leads to (all members of a union where that is undecided)."""
+    text, candidates = "", [section]
+    for part in loc:
+        tagged = [candidate for candidate in candidates if _tag_of(candidate) == part]
         if isinstance(part, int):
             text += f"[{part}]"
-        elif not _is_tag(loc, position):
-            text += f".{part}" if text else part
-    return text
-
-
-def _is_tag(loc: Sequence[int | str], position: int) -> bool:
-    """A union tag never ends a location and follows the field or the list index whose value is the union."""
-    return "kind:" in str(loc[position])
-
-
-def _keys_at(section: type[Config], loc: Sequence[int | str]) -> list[str]:
-    """Field names of the section that `loc` leads to (all members of a union where it is undecided)."""
-    candidates: list[type[Config]] = [section]
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        tagged = [c for c in candidates if _tag_of(c) == part]
-        if tagged:
+        elif tagged and len(candidates) > 1:
             candidates = tagged
-            continue
-        fields = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
-        candidates = [found for annotation in fields for found in _configs_in(annotation)]
-    return [name for candidate in candidates for name in candidate.model_fields]
+        else:
+            text += f".{part}" if text else part
+            annotations = [candidate.model_fields[part].annotation for candidate in candidates if part in candidate.model_fields]
+            candidates = [found for annotation in annotations for found in _configs_in(annotation)]
+    return text, candidates
 
 
 def _tag_of(section: type[Config]) -> str | None:

@@ -102,5 +102,8 @@ class Tracker(Protocol):
     def waiting_for(self, what: str) -> None:
         """Say on the console what the run is waiting for."""
 
+    def note(self, text: str) -> None:
+        """Say something worth reading once."""
+
     def warn(self, text: str) -> None:
         """Say something the user should know; also kept in the run folder."""

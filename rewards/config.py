@@ -20,6 +20,8 @@ class RewardConfig(Config):
     weight: float = Field(1.0, description="share in the total reward; 0 logs it as a metric only")
     args: dict[str, Any] = Field(default_factory=dict, description="passed to the function as keyword arguments")
     timeout: PositiveFloat = Field(10.0, description="seconds for one call before its process is killed")
+    load_timeout: PositiveFloat = Field(120.0, description="seconds for importing the function")
+    batch: PositiveInt = Field(64, description="samples per call; groups stay whole, so one call may take a few more")
 
 
 class RewardsConfig(Config):
@@ -27,7 +29,9 @@ class RewardsConfig(Config):
 
     functions: list[RewardConfig] = Field(min_length=1, description="the first one is the primary reward, reported as accuracy")
     on_failure: Literal["drop", "zero", "stop"] = Field("drop", description="what a failed reward does to its sample")
-    processes: PositiveInt = Field(1, description="processes per reward worker")
+    processes: PositiveInt = Field(1, description="calls that run at once in one reward worker, each in a process of its own")
+    memory_gib: PositiveFloat | None = Field(4.0, description="memory of one process, beyond it MemoryError; null: no limit")
+    total_timeout: PositiveFloat = Field(600.0, description="seconds for all rewards of one batch; what is left then has failed")
 
 
 class LengthRewardConfig(Config):

@@ -1,0 +1,348 @@
+"""Moving the learner's weights into rollout engines: what is sent (a handle), who writes it, and how it is read.
+
+Owns the flat shared-memory segment and the handles of weights; works without vLLM, so that a learner process can import it. The
+vLLM side is in `vllm_plugin`. One node only: a segment is visible to the processes of one machine.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import json
+import mmap
+import os
+import socket
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bregman.engines.config import EngineConfig
+from bregman.errors import ClusterError, DataError
+
+HEADER = struct.Struct("<8sQQ")  # magic, sequence number of the write (0 while it is under way), bytes of tensors
+HEADER_BYTES = 64
+MAGIC = b"BREGMAN1"
+ALIGNMENT = 64
+SAMPLES_PER_TENSOR = 64
+PREFIX = "bregman-weights-"
+SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+    "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor: its Hugging Face checkpoint name, torch dtype name, full shape, and offset in bytes within its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightHandle:
+    """Where a full set of weights lies; small, picklable, and the same for every engine of the machine.
+
+    Attributes:
+        backend: `shared_memory` (a segment) or `folder` (a Hugging Face folder with safetensors).
+        path: the segment, or the folder.
+        tensors: every tensor.
+        num_bytes: bytes of all tensors.
+        sequence: number of the write that made the segment's content; a later write makes this handle stale. 0 for a folder.
+        checksum: CRC-32 over sampled elements of every tensor as the writer had them; None for a folder.
+        host: the machine that holds the segment.
+    """
+
+    backend: Literal["shared_memory", "folder"]
+    path: str
+    tensors: tuple[TensorSpec, ...]
+    num_bytes: int
+    sequence: int = 0
+    checksum: int | None = None
+    host: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as vLLM's weight-transfer interface takes them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WeightHandle:
+        tensors = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"]), t["offset"]) for t in data["tensors"])
+        return cls(**{**data, "tensors": tensors})
+
+
+def resolve_backend(config: EngineConfig) -> Literal["shared_memory"]:
+    """The weight-sync backend to use; `auto` is shared memory, which serves CPU and (through a host copy) GPU engines.
+
+    Raises:
+        ClusterError: the recipe asks for a GPU-to-GPU backend.
+    """
+    if config.weight_sync in ("nccl", "ipc"):
+        found = f"`{config.weight_sync}` is not available"
+        raise ClusterError("engine.weight_sync", found, "use `shared_memory` (or `auto`): learner and engines on one machine, through host memory")
+    return "shared_memory"
+
+
+class SharedMemoryWriter:
+    """Writes all weights of a model into one flat segment, again and again.
+
+    The segment is a file in /dev/shm (in the temporary folder where there is none). It is kept between writes and removed by
+    `close` or at the end of the process; segments that killed processes left behind are removed by the next writer.
+
+    Args:
+        folder: where to keep the segment; by default /dev/shm.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or _default_folder()
+        self._sequence = 0
+        _remove_abandoned(self.folder)
+        self._fd, self.path = self._create()
+        atexit.register(self.close)
+
+    def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightHandle:
+        """Write one full set of weights, tensor by tensor; the handle of the write before becomes stale.
+
+        Args:
+            named_tensors: Hugging Face checkpoint names with full (gathered) tensors, on any device.
+
+        Raises:
+            ClusterError: no space is left.
+        """
+        if self._fd < 0:
+            raise RuntimeError("the writer is closed")
+        specs: list[TensorSpec] = []
+        position, checksum = HEADER_BYTES, 0
+        try:
+            self._write_header(0, 0)
+            for name, tensor in named_tensors:
+                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), position))
+                checksum = _add_samples(checksum, flat)
+                _write_all(self._fd, flat, position)
+                size = flat.numel() * flat.element_size()
+                position += -(-size // ALIGNMENT) * ALIGNMENT
+            self._sequence += 1
+            os.truncate(self._fd, position)
+            self._write_header(self._sequence, position - HEADER_BYTES)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            found = f"no space left for the weights ({position / 2**20:.0f} MiB written)"
+            raise ClusterError(str(self.folder), found, "free some space there or give it more (for a container: --shm-size)") from error
+        return WeightHandle(
+            backend="shared_memory",
+            path=self.path,
+            tensors=tuple(specs),
+            num_bytes=position - HEADER_BYTES,
+            sequence=self._sequence,
+            checksum=checksum,
+            host=socket.gethostname(),
+        )
+
+    def close(self) -> None:
+        """Remove the segment; calling it again does nothing."""
+        if self._fd < 0:
+            return
+        atexit.unregister(self.close)
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        os.close(self._fd)
+        self._fd = -1
+
+    def _write_header(self, sequence: int, num_bytes: int) -> None:
+        os.pwrite(self._fd, HEADER.pack(MAGIC, sequence, num_bytes), 0)
+
+    def _create(self) -> tuple[int, str]:
+        """A new file that this process holds a lock on: a file of that name without a lock has lost its writer."""
+        while True:
+            try:
+                fd, path = tempfile.mkstemp(prefix=PREFIX, dir=self.folder)
+            except OSError as error:
+                raise ClusterError(str(self.folder), f"cannot keep weights there ({error.strerror})", "make it writable") from error
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                    return fd, path
+            except FileNotFoundError:
+                pass  # another writer took it for abandoned before the lock was on
+            os.close(fd)
+
+
+def folder_handle(path: Path) -> WeightHandle:
+    """The weights of a Hugging Face folder, as a handle; reads the headers of its safetensors files only.
+
+    Raises:
+        DataError: no safetensors there, or a file is damaged.
+    """
+    files = weight_files(path)
+    specs = [spec for file in files for spec in _safetensors_specs(file)]
+    return WeightHandle(backend="folder", path=str(path), tensors=tuple(specs), num_bytes=sum(_num_bytes(s) for s in specs))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder: those its index names, else all.
+
+    Raises:
+        DataError: there is none.
+    """
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [path / name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.exists()]
+    if missing or not files:
+        found = f"{missing[0]} is missing" if missing else "no *.safetensors file in this folder"
+        raise DataError(str(path), found, "give a complete model folder in Hugging Face format")
+    return files
+
+
+def read_tensors(handle: WeightHandle) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a handle, in order, without a copy; valid until the iterator is exhausted or closed, so copy what you keep.
+
+    Raises:
+        ClusterError: the segment is gone, was overwritten by a later write, or does not hold what the writer wrote.
+    """
+    if handle.backend == "folder":
+        yield from _read_folder(Path(handle.path))
+        return
+    with _open_segment(handle) as fd:
+        check_current(handle, fd)
+        size = HEADER_BYTES + handle.num_bytes
+        # A private mapping: torch wants writable memory, and nothing written by mistake reaches the other engines.
+        buffer = mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
+        checksum = 0
+        for spec in handle.tensors:
+            tensor = _view(buffer, spec)
+            checksum = _add_samples(checksum, tensor.reshape(-1))
+            yield spec.name, tensor
+        check_current(handle, fd)
+    if checksum != handle.checksum:
+        raise ClusterError(handle.path, f"weights read differ from weights written (checksum {checksum}, not {handle.checksum})")
+
+
+def check_current(handle: WeightHandle, fd: int | None = None) -> None:
+    """Check that a segment still holds what `handle` describes; a folder always does.
+
+    Raises:
+        ClusterError: it is gone, half written, or overwritten.
+    """
+    if handle.backend == "folder":
+        return
+    if fd is None:
+        with _open_segment(handle) as opened:
+            return check_current(handle, opened)
+    header = os.pread(fd, HEADER.size, 0)
+    magic, sequence, num_bytes = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0)
+    if (magic, sequence, num_bytes) != (MAGIC, handle.sequence, handle.num_bytes):
+        found = f"the segment holds write {sequence}, not write {handle.sequence}"
+        raise ClusterError(handle.path, found, "a handle is good until the next publish; publish again")
+
+
+def sample_indices(count: int) -> torch.Tensor:
+    """Positions of the elements that checks look at: evenly spread over `count` elements, the last one included. int64."""
+    return torch.linspace(0, max(count - 1, 0), min(count, SAMPLES_PER_TENSOR), dtype=torch.float64).round().long()
+
+
+def _view(buffer: mmap.mmap, spec: TensorSpec) -> torch.Tensor:
+    dtype = getattr(torch, spec.dtype)
+    count = _count(spec)
+    if count == 0:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=spec.offset).reshape(spec.shape)
+
+
+def _add_samples(checksum: int, flat: torch.Tensor) -> int:
+    return zlib.crc32(memoryview(_bytes_of(flat[sample_indices(flat.numel())])), checksum)
+
+
+def _bytes_of(flat: torch.Tensor) -> Any:
+    return flat.contiguous().view(torch.uint8).numpy() if flat.numel() else b""
+
+
+def _write_all(fd: int, flat: torch.Tensor, position: int) -> None:
+    """`pwrite` rather than a mapping: a full tmpfs is then an error and not a SIGBUS."""
+    data = memoryview(_bytes_of(flat))
+    while data:
+        written = os.pwrite(fd, data, position)
+        data, position = data[written:], position + written
+
+
+@contextlib.contextmanager
+def _open_segment(handle: WeightHandle) -> Iterator[int]:
+    try:
+        fd = os.open(handle.path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        here = socket.gethostname()
+        found = "the learner that wrote it is gone" if handle.host == here else f"it is on {handle.host}, this engine on {here}"
+        raise ClusterError(handle.path, f"no such weight segment; {found}", "run learner and rollout workers on one machine") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _read_folder(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    for file in weight_files(path):
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    yield name, opened.get_tensor(name)
+        except SafetensorError as error:
+            raise DataError(str(file), f"not a readable safetensors file ({error})", "export or download it again") from error
+
+
+def _safetensors_specs(file: Path) -> list[TensorSpec]:
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        return [
+            TensorSpec(name, SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        ]
+    except (OSError, struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+        raise DataError(str(file), f"not a readable safetensors file ({error})", "export or download it again") from error
+
+
+def _count(spec: TensorSpec) -> int:
+    count = 1
+    for length in spec.shape:
+        count *= length
+    return count
+
+
+def _num_bytes(spec: TensorSpec) -> int:
+    return _count(spec) * getattr(torch, spec.dtype).itemsize
+
+
+def _default_folder() -> Path:
+    shared = Path("/dev/shm")
+    return shared if os.access(shared, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove segments that no process holds a lock on: their writers were killed."""
+    for path in folder.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)

@@ -1,0 +1,52 @@
+"""Sampled accuracy on held-out problems: avg@k, pass@k and response lengths.
+
+Owns how scored groups become an `Evaluation`; sampling and scoring are the engine's and the rewards'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from bregman.errors import DataError
+from bregman.protocols import RewardScorer, RolloutEngine
+from bregman.types import Evaluation, Group, Problem, Trajectory
+from evals.config import EvalConfig
+
+
+def evaluate(
+    engine: RolloutEngine, scorer: RewardScorer, problems: Sequence[Problem], config: EvalConfig
+) -> tuple[Evaluation, list[Group]]:
+    """Sample answers with the weights that `engine` holds and score them.
+
+    Returns:
+        The summary, and the scored groups it came from.
+
+    Raises:
+        DataError: there is no problem to evaluate.
+    """
+    if not problems:
+        raise DataError("evaluation.problems", "no problems", "check the source and its filters")
+    groups = scorer.score(engine.rollout(problems, config.sampling, seed=config.seed))
+    return summarise(groups), groups
+
+
+def summarise(groups: Sequence[Group]) -> Evaluation:
+    """Means over all samples. The first reward part is the primary one; a sample whose reward failed counts as wrong."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    right = [[_primary(t) for t in group.trajectories] for group in groups]
+    names = dict.fromkeys(name for trajectory in trajectories for name in trajectory.reward_parts)
+    parts = {name: [t.reward_parts[name] for t in trajectories if t.reward_parts.get(name) is not None] for name in names}
+    return Evaluation(
+        accuracy=fmean(score for scores in right for score in scores),
+        pass_at_k=fmean(max(scores) >= 1.0 for scores in right),
+        mean_tokens=fmean(len(t.token_ids) for t in trajectories),
+        num_problems=len(groups),
+        samples_per_problem=max(len(group.trajectories) for group in groups),
+        truncated=fmean(t.finish_reason == "length" for t in trajectories),
+        metrics={name: fmean(values) for name, values in parts.items() if values},  # type: ignore[type-var]
+    )
+
+
+def _primary(trajectory: Trajectory) -> float:
+    return next(iter(trajectory.reward_parts.values()), None) or 0.0

@@ -1,0 +1,93 @@
+"""The recipe: a run's name, seed, cluster, model and list of stages, as one validated tree.
+
+Owns the top of the schema and reading a recipe file; each section lives beside what it configures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeInt
+
+from bregman.config import Config, apply_overrides, parse, read_yaml
+from bregman.engines.config import ClusterConfig, EngineConfig, LearnerConfig
+from bregman.models.config import ModelConfig
+from evals.config import EvalConfig
+from rl.config import RLConfig
+from sft.config import SFTConfig
+
+StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="unique within the recipe; names its folder")]
+
+
+class SFTStage(SFTConfig):
+    kind: Literal["sft"] = "sft"
+    name: StageName
+
+
+class RLStage(RLConfig):
+    kind: Literal["rl"] = "rl"
+    name: StageName
+
+
+class EvalStage(EvalConfig):
+    kind: Literal["eval"] = "eval"
+    name: StageName
+
+
+Stage = Annotated[SFTStage | RLStage | EvalStage, Field(discriminator="kind")]
+
+
+class Recipe(Config):
+    """A complete run. Each stage starts from the model that the previous one left."""
+
+    name: str
+    seed: NonNegativeInt = 0
+    output_dir: str = Field(description="run folder; relative to where the command is run")
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig
+    engine: EngineConfig
+    learner: LearnerConfig = LearnerConfig()
+    stages: list[Stage] = Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _unique_names(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two stages are named `{twice}`; give each a name of its own")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _responses_fit(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            for key, sampling in samplings(stage).items():
+                if sampling.max_tokens >= self.engine.max_model_len:
+                    raise ValueError(
+                        f"stages[{index}].{key}.max_tokens ({sampling.max_tokens}) leaves no room for a prompt in "
+                        f"engine.max_model_len ({self.engine.max_model_len}); raise the one or lower the other"
+                    )
+        return self
+
+
+def samplings(stage: Stage) -> dict[str, Any]:
+    """Every sampling section of a stage, by its key within the stage."""
+    match stage:
+        case RLStage():
+            evaluation = {"evaluation.sampling": stage.evaluation.sampling} if stage.evaluation else {}
+            return {"rollout": stage.rollout, **evaluation}
+        case EvalStage():
+            return {"sampling": stage.sampling}
+        case _:
+            return {"gate.evaluation.sampling": stage.gate.evaluation.sampling} if stage.gate else {}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate the recipe at `path`.
+
+    Raises:
+        RecipeError: with the place of the first mistake and how to mend it.
+    """
+    return parse(Recipe, apply_overrides(read_yaml(path), overrides), str(path))
