@@ -1,0 +1,34 @@
+# What a newcomer runs: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON VENV
+
+# One OpenMP thread per process: several worker processes share the cores.
+RUN = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin
+
+.PHONY: setup demo test test-slow lint bench clean
+
+setup:
+	@bash .ci/setup.sh
+
+demo: setup
+	$(RUN)/bregman run recipes/tiny_thinking/recipe.yaml
+
+test: setup lint
+	$(RUN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(RUN)/python -m pytest -m slow
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+bench: setup
+	$(RUN)/python benchmarks/startup.py
+	$(RUN)/python benchmarks/rollout_worker.py
+	$(RUN)/python benchmarks/weight_sync.py
+	$(RUN)/python benchmarks/rl_step.py
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache
