@@ -85,7 +85,11 @@ def parameters_of(function: Callable[..., Any], args: Mapping[str, Any]) -> Para
 
 
 def call_reward(
-    function: Callable[..., Any], samples: Sequence[Sample], args: Mapping[str, Any], parameters: Parameters, loop: asyncio.AbstractEventLoop
+    function: Callable[..., Any],
+    samples: Sequence[Sample],
+    args: Mapping[str, Any],
+    parameters: Parameters,
+    loop: asyncio.AbstractEventLoop,
 ) -> list[Outcome]:
     """The outcome of every sample from one call of `function`.
 

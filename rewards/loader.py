@@ -141,12 +141,10 @@ def describe(error: BaseException, file: str | None = None) -> str:
     except Exception:
         text = "(its message cannot be printed)"
     if isinstance(error, SyntaxError) and error.filename:
-        place, line = error.filename, error.lineno
-        text = error.msg
+        text, place = error.msg, f"{os.path.basename(error.filename)}:{error.lineno}"
     else:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
         own = [frame for frame in frames if frame.filename == file]
-        innermost = (own or frames or [None])[-1]
-        place, line = (innermost.filename, innermost.lineno) if innermost else ("", None)
-    kind = type(error).__name__
-    return f"{kind}: {text} ({os.path.basename(place)}:{line})" if text else f"{kind} ({os.path.basename(place)}:{line})"
+        place = next((f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in reversed(own or frames)), "")
+    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{line} ({place})" if place else line

@@ -72,8 +72,9 @@ OptimizerConfig = AdamWConfig
 class ScheduleConfig(Config):
     """Learning rate over the steps of a stage, as shares of the optimizer's `learning_rate`."""
 
-    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, then a linear decay")
     warmup_steps: NonNegativeInt = 0
+    decay_share: PositiveFloat = Field(0.2, le=1.0, description="wsd only: share of the steps after the warm-up that decay")
     final_ratio: NonNegativeFloat = Field(0.1, le=1.0, description="rate at the last step over the peak")
 
 

@@ -53,7 +53,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        self.model.load_weights(self._remembering_samples(WeightHandle.from_dict(update_info.handle)))
+        load: Any = self.model.load_weights
+        load(self._remembering_samples(WeightHandle.from_dict(update_info.handle)))
 
     def finish_weight_update(self) -> None:
         """Finish the reload and compare what the model now holds with what was sent.
@@ -95,11 +96,12 @@ def repack_tied_head(model: torch.nn.Module) -> int:
     """
     repacked = 0
     for head in model.modules():
-        packed = getattr(head, "cpu_linear", None)
-        if not isinstance(head, ParallelLMHead) or packed is None or head.weight.numel() == 0:
+        packed: Any = getattr(head, "cpu_linear", None)
+        if not isinstance(head, ParallelLMHead) or packed is None:
             continue
-        probe = torch.linspace(-1, 1, head.weight.shape[1], dtype=torch.float32).to(head.weight.dtype).unsqueeze(0)
-        if not torch.allclose(packed(probe, head.weight, None), probe @ head.weight.T, rtol=1e-2, atol=1e-4):
+        weight: Any = head.weight
+        probe = torch.linspace(-1, 1, weight.shape[1], dtype=torch.float32).to(weight.dtype).unsqueeze(0)
+        if not torch.allclose(packed(probe, weight, None), probe @ weight.T, rtol=1e-2, atol=1e-4):
             head.quant_method.process_weights_after_loading(head)
             repacked += 1
     return repacked
@@ -135,7 +137,7 @@ def _prepack_experts_on_reload() -> None:
         if not processed:
             process(layer)
 
-    UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+    UnquantizedFusedMoEMethod._setup_kernel = setup_kernel  # type: ignore[method-assign]
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

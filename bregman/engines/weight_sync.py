@@ -89,7 +89,8 @@ def resolve_backend(config: EngineConfig) -> Literal["shared_memory"]:
     """
     if config.weight_sync in ("nccl", "ipc"):
         found = f"`{config.weight_sync}` is not available"
-        raise ClusterError("engine.weight_sync", found, "use `shared_memory` (or `auto`): learner and engines on one machine, through host memory")
+        fix = "use `shared_memory` (or `auto`): learner and engines on one machine, through host memory"
+        raise ClusterError("engine.weight_sync", found, fix)
     return "shared_memory"
 
 
@@ -106,6 +107,7 @@ class SharedMemoryWriter:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or _default_folder()
         self._sequence = 0
+        self._owner = os.getpid()
         _remove_abandoned(self.folder)
         self._fd, self.path = self._create()
         atexit.register(self.close)
@@ -133,7 +135,8 @@ class SharedMemoryWriter:
                 size = flat.numel() * flat.element_size()
                 position += -(-size // ALIGNMENT) * ALIGNMENT
             self._sequence += 1
-            os.truncate(self._fd, position)
+            if os.fstat(self._fd).st_size < position:  # never shorter: a reader may still have it mapped
+                os.truncate(self._fd, position)
             self._write_header(self._sequence, position - HEADER_BYTES)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -155,8 +158,9 @@ class SharedMemoryWriter:
         if self._fd < 0:
             return
         atexit.unregister(self.close)
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        if os.getpid() == self._owner:  # a forked child has no say
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
         os.close(self._fd)
         self._fd = -1
 
@@ -210,7 +214,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_tensors(handle: WeightHandle) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a handle, in order, without a copy; valid until the iterator is exhausted or closed, so copy what you keep.
+    """The tensors of a handle, in order, without a copy; copy what you keep beyond the next write.
 
     Raises:
         ClusterError: the segment is gone, was overwritten by a later write, or does not hold what the writer wrote.

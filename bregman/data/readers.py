@@ -1,0 +1,264 @@
+"""Rows out of Python generators, JSON Lines, Parquet files and hub data sets, with columns mapped to standard names.
+
+Owns how each kind of source is opened and what can be wrong with it. What rows mean lives in `bregman.data.sources`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import importlib.util
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from bregman.data.config import HubSource, JsonlSource, ParquetSource, PythonSource, SourceConfig
+from bregman.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """The rows of one source, a sequence of dicts.
+
+    Attributes:
+        name: of the source, in errors and tracking.
+        items: rows as they were read; a list, or a `datasets.Dataset` on disk.
+        columns: standard name -> column; a mapped row has the column under both names.
+        numbers: what each row is called; empty if rows are counted from 0. JSON Lines rows are called by their line, from 1.
+    """
+
+    name: str
+    items: Sequence[Mapping[str, Any]] | datasets.Dataset
+    columns: Mapping[str, str] = field(default_factory=dict)
+    numbers: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._mapped(self.items[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self._mapped(row) for row in self.items)
+
+    def number(self, index: int) -> str:
+        """What row `index` is called within its source."""
+        return self.numbers[index] if self.numbers else str(index)
+
+    def where(self, index: int) -> str:
+        """What row `index` is called in an error."""
+        return f"{self.name} row {self.number(index)}"
+
+    def _mapped(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {**row, **{standard: row[actual] for standard, actual in self.columns.items()}}
+
+
+def source_name(source: SourceConfig) -> str:
+    """The name the recipe gives it; else its file name, `file.py:function`, or data set id."""
+    if source.name or source.kind == "hub":
+        return source.name or source.path
+    return Path(source.path).name
+
+
+def read_rows(source: SourceConfig, base_folder: Path, seed: int) -> Rows:
+    """Open `source`; relative paths start at `base_folder`, the recipe's.
+
+    A Python source is called as `function(seed=seed, **args)`; a `seed` among its `args` wins, so that held-out problems can
+    be the same in every run. Its rows and those of JSON Lines files stay plain Python objects (no import of `datasets`, whose
+    JSON reader also turns text that looks like a date into one). Parquet and hub data are memory-mapped `datasets`.
+
+    Raises:
+        DataError: the source is missing, malformed or empty, its generator fails, or a mapped column does not exist.
+    """
+    match source:
+        case PythonSource():
+            rows = _read_python(source, base_folder, seed)
+        case JsonlSource():
+            rows = _read_jsonl(source, base_folder)
+        case ParquetSource():
+            rows = _read_parquet(source, base_folder)
+        case HubSource():
+            rows = _read_hub(source, base_folder)
+    if not len(rows):
+        raise DataError(rows.name, "has no rows", "check the path, the split, or the generator's arguments")
+    _check_columns(rows)
+    return rows
+
+
+def unknown_name(found: str, known: Iterable[str]) -> str:
+    """A suggestion for a misspelt name, and what there is instead."""
+    names = sorted(known)
+    close = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
+    listed = ", ".join(names) or "nothing"
+    return f"did you mean `{close[0]}`? (there is: {listed})" if close else f"there is: {listed}"
+
+
+def _check_columns(rows: Rows) -> None:
+    if not rows.columns:
+        return
+    # a file's columns are the same in every row; those of Python and JSON rows need not be
+    every_row: Iterable[Iterable[str]] = rows.items if isinstance(rows.items, list) else [rows.items[0]]
+    for index, row in enumerate(every_row):
+        for standard, actual in rows.columns.items():
+            if actual not in row:
+                raise DataError(rows.where(index), f"no column `{actual}`, mapped to `{standard}`", unknown_name(actual, row))
+
+
+def _read_python(source: PythonSource, base_folder: Path, seed: int) -> Rows:
+    file, _, function_name = source.path.rpartition(":")
+    if not file or not function_name:
+        raise DataError(source.path, "is not of the form `file.py:function`", "for example `task.py:problems`")
+    path = _resolve(file, base_folder)
+    if not path.is_file():
+        raise DataError(str(path), "no such file", _nearby(path))
+    module = _import(path)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
+        raise DataError(f"{path}", f"has no function `{function_name}`", unknown_name(function_name, own))
+    arguments = {"seed": seed, **source.args}
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        fix = f"its arguments are {inspect.signature(function)}; it is always given a seed"
+        raise DataError(f"{path}:{function_name}", f"cannot be called with {', '.join(arguments)}: {error}", fix) from None
+    try:
+        produced = list(function(**arguments))
+    except (Exception, SystemExit) as error:
+        raise _failed(path, error) from None
+    for index, row in enumerate(produced):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{source.path} row {index}", f"is a {type(row).__name__}", "yield a dict per row")
+    return Rows(name=source_name(source), items=produced, columns=source.columns)
+
+
+def _import(path: Path) -> ModuleType:
+    """The module in `path`, imported once; its name depends on the path only, so that its classes pickle."""
+    name = f"bregman_source_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise DataError(str(path), "is not a Python file", "give a file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise _failed(path, error) from None
+    return module
+
+
+def _failed(path: Path, error: BaseException) -> DataError:
+    """The error of a user's module with the last line of that module that was running."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == str(path):
+            line = frame.lineno
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    return DataError(f"{path}:{line}" if line else str(path), f"{type(error).__name__}: {message}", "mend the generator")
+
+
+def _read_jsonl(source: JsonlSource, base_folder: Path) -> Rows:
+    items: list[dict[str, Any]] = []
+    numbers: list[str] = []
+    paths = _files(source.path, base_folder)
+    for path in paths:
+        try:
+            with path.open(encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        items.append(_json_row(line, f"{path}:{number}"))
+                        numbers.append(str(number) if len(paths) == 1 else f"{path.name}:{number}")
+        except UnicodeDecodeError as error:
+            raise DataError(str(path), f"is not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
+        except OSError as error:
+            raise DataError(str(path), f"cannot be read ({error.strerror})", "check its permissions") from None
+    return Rows(name=source_name(source), items=items, columns=source.columns, numbers=numbers)
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        raise DataError(where, f"is not valid JSON ({detail})", "each line must be one JSON object") from None
+    if not isinstance(row, dict):
+        raise DataError(where, f"is a JSON {type(row).__name__}, not an object", "each line must be one JSON object")
+    return row
+
+
+def _read_parquet(source: ParquetSource, base_folder: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    paths = _files(source.path, base_folder)
+    for path in paths:
+        try:
+            count = pyarrow.parquet.read_metadata(path).num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(str(path), f"is not a Parquet file ({_first_line(error)})", "check how it was written") from None
+        if not count:
+            raise DataError(str(path), "has no rows", "remove it from the source, or write it again")
+    import datasets
+
+    name = source_name(source)
+    try:
+        table = datasets.Dataset.from_parquet([str(path) for path in paths])
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
+        raise DataError(name, f"cannot be read ({_first_line(error.__cause__ or error)})", "check how it was written") from None
+    return Rows(name=name, items=table, columns=source.columns)
+
+
+def _read_hub(source: HubSource, base_folder: Path) -> Rows:
+    import datasets
+
+    folder = _resolve(source.path, base_folder)
+    path = str(folder) if folder.is_dir() else source.path
+    try:
+        table = datasets.load_dataset(path, source.subset, split=source.split, revision=source.revision)
+    except Exception as error:  # it raises about anything: connection, missing id, unknown split, malformed files
+        fix = "check the id, `subset`, `split` and `revision`, and that the hub can be reached or the data set is in the local cache"
+        raise DataError(f"hub data set `{source.path}`", f"cannot be loaded ({_first_line(error)})", fix) from None
+    return Rows(name=source_name(source), items=table, columns=source.columns)
+
+
+def _files(pattern: str, base_folder: Path) -> list[Path]:
+    """The file, or the sorted files that a pattern with `*` or `?` names."""
+    path = _resolve(pattern, base_folder)
+    if path.is_file():
+        return [path]
+    found = sorted(Path(match) for match in glob.glob(str(path)) if Path(match).is_file())
+    if not found:
+        raise DataError(str(path), "is a folder" if path.is_dir() else "no such file", _nearby(path))
+    return found
+
+
+def _resolve(path: str, base_folder: Path) -> Path:
+    return (base_folder / Path(path).expanduser()).resolve()
+
+
+def _nearby(path: Path) -> str:
+    """What the folder of a missing file holds."""
+    if path.is_dir():
+        return f"name files in it, for example `{path.name}/*`"
+    if not path.parent.is_dir():
+        return f"its folder {path.parent} does not exist either; relative paths start at the recipe"
+    names = [entry.name for entry in path.parent.iterdir() if entry.suffix == path.suffix]
+    return unknown_name(path.name, names) if names else "relative paths start at the recipe"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,131 @@
+"""From a folder or hub id to a model that runs on packs of sequences.
+
+Owns finding and reading Hugging Face models; never runs code that comes with a model.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bregman.errors import DataError
+
+if TYPE_CHECKING:
+    from bregman.models.policy import PolicyModel
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "tiktoken.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def hide_cuda_builds() -> None:
+    """Keep transformers from importing a torchvision or torchaudio built for CUDA beside a CPU torch, which crashes.
+
+    PyPI's builds of both need CUDA libraries ("operator torchvision::nms does not exist"); text models need neither.
+    """
+    if torch.version.cuda is not None:
+        return
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        if name not in sys.modules and _version(name) is not None and "+cpu" not in str(_version(name)):
+            sys.modules[name] = None  # type: ignore[assignment]
+
+
+def resolve_model(path_or_hub_id: str, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or the snapshot of a hub id from the local cache or else the hub.
+
+    Raises:
+        DataError: neither a folder nor a hub id that is cached or can be fetched.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or not HUB_ID.fullmatch(path_or_hub_id):
+        raise DataError(f"model.path ({path_or_hub_id})", "no such folder", "give a folder in Hugging Face format or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no weights in pickle, no code
+    for cached in (True, False):
+        try:
+            return Path(snapshot_download(path_or_hub_id, revision=revision, allow_patterns=patterns, local_files_only=cached))
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+            reason = type(error).__name__
+    raise DataError(
+        f"model.path ({path_or_hub_id})",
+        f"no such folder, not in the local cache, and the hub could not be reached or has no such model ({reason})",
+        "check the name, go online, or give a folder",
+    )
+
+
+def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> PolicyModel:
+    """The causal LM in `folder`, on the CPU, ready for packs of sequences.
+
+    Raises:
+        DataError: the folder is missing or incomplete, needs its own code, or its architecture cannot run on packs.
+    """
+    _check_config(folder)
+    hide_cuda_builds()
+    from transformers import AutoModelForCausalLM
+
+    from bregman.models.attention import NAME
+    from bregman.models.policy import PolicyModel, packing_error
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=NAME, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(str(folder), f"not a causal language model that can be loaded ({_first_line(error)})", "see model.path") from error
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the ratio of a policy to itself must be 1
+    policy = PolicyModel(model)
+    try:
+        difference = packing_error(policy)
+    except ValueError as error:
+        raise DataError(str(folder), _first_line(error), "this architecture is not supported") from error
+    if not difference < (1e-3 if dtype == torch.float32 else 0.1):
+        found = f"{type(model).__name__} gives other log-probabilities packed than alone (difference {difference:.2g} nats)"
+        raise DataError(str(folder), found, "this architecture is not supported")
+    return policy
+
+
+def _check_config(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        found = "no config.json in this folder" if folder.is_dir() else "no such folder"
+        raise DataError(str(folder), found, "give a model folder in Hugging Face format") from None
+    except (ValueError, OSError) as error:
+        found = f"not readable as JSON ({_first_line(error)})"
+        raise DataError(str(folder / "config.json"), found, "export or download it again") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise DataError(str(folder / "config.json"), "it names no model_type", "give a model folder in Hugging Face format")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,61 @@
+"""A causal language model as a policy: a pack of sequences in, log-probabilities of its tokens out.
+
+Owns the call into the Hugging Face model and its head. Sharding it is the engines' business.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bregman.models.attention import boundary_arguments
+from bregman.models.logprobs import chunked_token_logprobs, token_logprobs
+
+
+class PolicyModel(nn.Module):
+    """Wraps a causal LM so that its head runs inside this module's forward, where FSDP has gathered the weights.
+
+    Args:
+        model: a `...ForCausalLM` that uses `bregman.models.attention`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._vocabulary = int(model.get_output_embeddings().weight.shape[0])
+
+    def forward(
+        self, token_ids: torch.Tensor, position_ids: torch.Tensor, boundaries: torch.Tensor, temperature: float = 1.0
+    ) -> torch.Tensor:
+        """Log-probability of each token given the tokens before it in its own sequence; float32 [T], 0 at first tokens.
+
+        Args:
+            token_ids: int64 [T].
+            position_ids: int64 [T].
+            boundaries: int32 [S + 1], cumulative sequence lengths.
+            temperature: logits are divided by it.
+        """
+        output = self.model.base_model(
+            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, **boundary_arguments(boundaries)
+        )
+        head = self.model.get_output_embeddings()
+        return chunked_token_logprobs(output.last_hidden_state[0], head, self._vocabulary, token_ids, boundaries, temperature)
+
+
+@torch.no_grad()
+def packing_error(policy: PolicyModel) -> float:
+    """Largest difference, in nats, between log-probabilities of two short sequences packed and of each run alone through the
+    model's own forward. More than rounding means that the architecture leaks across a pack, ignores positions, or changes its
+    logits after the head."""
+    device = next(policy.parameters()).device
+    sequences = [torch.arange(n, device=device) * 7 % policy.model.config.get_text_config().vocab_size for n in (5, 3)]
+    boundaries = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(len(s), device=device) for s in sequences])
+    packed = policy(torch.cat(sequences), positions, boundaries)
+    alone = []
+    for sequence in sequences:
+        ends = torch.tensor([0, len(sequence)], dtype=torch.int32, device=device)
+        logits = policy.model(input_ids=sequence[None], use_cache=False, **boundary_arguments(ends)).logits[0]
+        alone.append(token_logprobs(logits, sequence, ends))
+    return float((packed - torch.cat(alone)).abs().max())

@@ -1,0 +1,95 @@
+"""Runs a recipe: its stages in order, skipping finished ones and resuming the unfinished one exactly where it stopped.
+
+Owns the order of stages and how a stage is begun, resumed and ended. What a stage is made of is in `recipes.stages`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from bregman.errors import RecipeError, UserError
+from bregman.tracking.report import write_report
+from bregman.tracking.run_folder import RunFolder, latest_checkpoint, write_json
+from bregman.tracking.tracker import RunTracker
+from recipes import stages
+from recipes.context import Context, Saver, read_state
+from recipes.models import initial_model, load_tokenizer
+from recipes.schema import EvalStage, Recipe, SFTStage, Stage
+from recipes.workers import Workers
+
+
+def run(recipe: Recipe, base: Path, *, only: str | None = None, fresh: bool = False) -> Path:
+    """Run all stages of `recipe`, or only the one named `only`; returns the path of the report.
+
+    Raises:
+        UserError: anything the user can mend; the run folder stays resumable.
+    """
+    folder = RunFolder.open(Path(recipe.output_dir), recipe.model_dump(mode="json"), fresh=fresh)
+    tracker = RunTracker(folder, num_stages=len(recipe.stages))
+    try:
+        start = initial_model(recipe, folder)
+        todo = _unfinished(recipe, folder, only)
+        if todo:
+            _run_stages(recipe, base, folder, tracker, start, todo)
+        return write_report(folder.path)
+    except UserError as error:
+        tracker.warn(f"stopped: {error}")
+        raise
+    finally:
+        tracker.close()
+        folder.close()
+
+
+def _run_stages(recipe: Recipe, base: Path, folder: RunFolder, tracker: RunTracker, start: Path, todo: list[int]) -> None:
+    tokenizer = load_tokenizer(start)
+    learner = any(not isinstance(recipe.stages[index], EvalStage) for index in todo)
+    engine = any(_needs_engine(recipe.stages[index]) for index in todo)
+    with Workers(recipe, start, tokenizer, tracker, learner=learner, engine=engine) as workers:
+        context = Context(recipe=recipe, base=base, folder=folder, tracker=tracker, tokenizer=tokenizer, workers=workers)
+        for index in todo:
+            _run_stage(context, index, _model_before(recipe, folder, index, start))
+            write_report(folder.path)
+
+
+def _run_stage(context: Context, index: int, model: Path) -> None:
+    stage, stage_folder = context.recipe.stages[index], context.folder.stage_folder(index, context.recipe.stages[index].name)
+    found = latest_checkpoint(stage_folder)
+    first = found[0] if found else 0
+    context.tracker.begin_stage(index, stage.name, stage.kind, total_steps=stages.total_steps(stage), first_step=first)
+    started = time.monotonic()
+    before = read_state(found[1])["seconds"] if found else 0.0
+    saver = Saver(context, stage, stage_folder, started - before)
+    run_stage = {"sft": stages.run_sft, "rl": stages.run_rl, "eval": stages.run_eval}[stage.kind]
+    evaluation = run_stage(context, stage, model=model, checkpoint=found[1] if found else None, first=first, saver=saver)
+    if not isinstance(stage, EvalStage):
+        context.tracker.waiting_for("the export of the model")
+        context.workers.learner.export(stage_folder / "model")
+    seconds = time.monotonic() - started + before
+    context.tracker.end_stage(seconds, evaluation)
+    write_json(stage_folder / "done.json", {"name": stage.name, "kind": stage.kind, "seconds": seconds})
+
+
+def _unfinished(recipe: Recipe, folder: RunFolder, only: str | None) -> list[int]:
+    names = [stage.name for stage in recipe.stages]
+    done = [index for index, name in enumerate(names) if (folder.stage_folder(index, name) / "done.json").exists()]
+    if only is None:
+        return [index for index in range(len(names)) if index not in done]
+    if only not in names:
+        raise RecipeError("--stage", f"no stage `{only}`", f"choose one of {', '.join(names)}")
+    missing = next((names[i] for i in range(names.index(only)) if i not in done and not isinstance(recipe.stages[i], EvalStage)), None)
+    if missing is not None:
+        raise RecipeError("--stage", f"stage `{only}` starts from the model of `{missing}`, which is not finished", "run that one first")
+    return [] if names.index(only) in done else [names.index(only)]
+
+
+def _model_before(recipe: Recipe, folder: RunFolder, index: int, start: Path) -> Path:
+    """The model that the nearest training stage before `index` left, or the start model."""
+    for earlier in range(index - 1, -1, -1):
+        if not isinstance(recipe.stages[earlier], EvalStage):
+            return folder.stage_folder(earlier, recipe.stages[earlier].name) / "model"
+    return start
+
+
+def _needs_engine(stage: Stage) -> bool:
+    return not isinstance(stage, SFTStage) or stage.gate is not None
