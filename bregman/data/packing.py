@@ -62,7 +62,7 @@ def _check(sequence: Sequence, index: int) -> None:
 def _assign(lengths: list[int], token_budget: int, num_ranks: int) -> list[list[int]]:
     """Indices of the sequences of each micro-batch, ascending. Tokens are balanced rather than their squares: up to lengths of
     some multiples of the model's width, the matrix products, linear in tokens, cost more than attention."""
-    wanted = -(-sum(lengths) // token_budget)
+    wanted = min(-(-sum(lengths) // token_budget), len(lengths))
     bins: list[list[int]] = [[] for _ in range(-(-wanted // num_ranks) * num_ranks)]
     loads = [0] * len(bins)
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -73,7 +73,8 @@ def _assign(lengths: list[int], token_budget: int, num_ranks: int) -> list[list[
             loads += [0] * num_ranks
         bins[target].append(index)
         loads[target] += lengths[index]
-    return [sorted(chosen) for chosen in bins]
+    filled = [sorted(chosen) for chosen in bins if chosen]  # sequences beyond the budget can leave others empty
+    return filled + [[] for _ in range(-len(filled) % num_ranks)]
 
 
 def _batch(sequences: list[Sequence], indices: list[int], normalizer: float, temperature: float) -> PackedBatch:

@@ -111,7 +111,9 @@ class LearnerWorkers:
     def close(self) -> None:
         """End the actors and remove published weights; calling it again does nothing."""
         actors, self._actors = self._actors, []
-        ray.wait([actor.close.remote() for actor in actors], num_returns=max(len(actors), 1), timeout=GRACE_SECONDS) if actors else None
+        closed = [actor.close.remote() for actor in actors]
+        if closed:
+            ray.wait(closed, num_returns=len(closed), timeout=GRACE_SECONDS)
         for actor in actors:
             ray.kill(actor)
 
@@ -140,8 +142,8 @@ class LearnerWorkers:
             done, _ = ray.wait(list(pending), timeout=max(deadline - time.monotonic(), 0))
             if not done:
                 ranks = ", ".join(str(rank) for rank in pending.values())
-                found, fix = f"no answer after {timeout:.0f} s", f"raise cluster.step_timeout, or look at the logs in {cluster.log_folder()}"
-                raise ClusterError(f"learner rank {ranks}: {what}", found, fix)
+                fix = f"raise cluster.step_timeout, or look at the logs in {cluster.log_folder()}"
+                raise ClusterError(f"learner rank {ranks}: {what}", f"no answer after {timeout:.0f} s", fix)
             rank = pending.pop(done[0])
             try:
                 results[rank] = _result(done[0], rank, what)
@@ -165,8 +167,8 @@ def _raise_clearer(pending: dict[Any, int], what: str) -> None:
             _result(ref, pending[ref], what)
         except UserError:
             raise
-        except Exception:  # noqa: S112 - another consequence of the same failure
-            continue
+        except Exception:
+            continue  # another consequence of the same failure
 
 
 def _with_logprobs(batch: PackedBatch, logprobs: tuple[Any, Any]) -> PackedBatch:

@@ -75,6 +75,7 @@ class RewardWorkers:
         Raises:
             RewardError: a function cannot be loaded, or two have the same name.
         """
+        base_folder = base_folder.resolve()  # the workers may have another working folder
 
         def run(samples: Sequence[Sample]) -> list[list[Outcome]]:
             return self._run(rewards, base_folder, samples)
@@ -86,7 +87,7 @@ class RewardWorkers:
 
     def release(self, rewards: RewardsConfig, base_folder: Path) -> None:
         """End the processes that `scorer` started, once a stage is done."""
-        self._each([("release", (rewards, base_folder))] * len(self._actors), "release", self._config.step_timeout)
+        self._each([("release", (rewards, base_folder.resolve()))] * len(self._actors), "release", self._config.step_timeout)
 
     def stop(self) -> None:
         """End the actors; the kernel ends their reward processes with them."""

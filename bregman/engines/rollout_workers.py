@@ -81,6 +81,7 @@ class RolloutWorkers:
         self._handle: WeightHandle | None = None
         self._workers: list[Any] = []
         self._starting: list[Any] = []
+        self._is_ready = False
 
     @classmethod
     def start(
@@ -113,6 +114,7 @@ class RolloutWorkers:
             ClusterError: one cannot start, or `cluster.start_timeout` passed.
         """
         seconds = cluster.wait(self._starting, what="rollout workers: start", timeout=self.cluster.start_timeout)
+        self._is_ready = True
         return max(seconds)
 
     def load_weights(self, source: Learner | Path, version: int) -> dict[str, float]:
@@ -171,7 +173,7 @@ class RolloutWorkers:
         """End all workers."""
         for worker in self._workers:
             ray.kill(worker)
-        self._workers, self._starting = [], []
+        self._workers, self._starting, self._is_ready = [], [], False
 
     def _requests(self, problems: Sequence[Problem], sampling: SamplingConfig, seed: int) -> list[list[GenerationRequest]]:
         seen: Counter[str] = Counter()
@@ -228,6 +230,8 @@ class RolloutWorkers:
         Returns:
             Answers by worker index, and how many workers were replaced.
         """
+        if not self._is_ready:
+            self.ready()
         deadline = time.monotonic() + self.cluster.step_timeout
         refs = {index: getattr(self._workers[index], method).remote(*arguments) for index, arguments in calls.items()}
         answers: dict[int, Any] = {}

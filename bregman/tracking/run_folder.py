@@ -29,6 +29,7 @@ _MAY_CHANGE = ("cluster", "output_dir")
 
 _REPLACED = ".replaced-"
 _STEP = re.compile(r"step_(\d+)")
+_ROLLOUTS = re.compile(r".+_(\d{6,})\.parquet")
 
 
 class RunFolder:
@@ -106,8 +107,12 @@ class RunFolder:
         return data
 
     def read_summary(self) -> list[dict[str, Any]]:
-        """One row per finished stage, in the order in which they finished."""
-        return json.loads(self.summary_file.read_text(encoding="utf-8")) if self.summary_file.exists() else []
+        """One row per finished stage, in the recipe's order."""
+        if not self.summary_file.exists():
+            return []
+        order = {stage["name"]: index for index, stage in enumerate(self.read_recipe().get("stages", []))}
+        rows = json.loads(self.summary_file.read_text(encoding="utf-8"))
+        return sorted(rows, key=lambda row: order.get(row["name"], len(order)))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every row of `metrics.jsonl`; a half-written last line of a running or killed process is left out."""
@@ -184,6 +189,12 @@ def latest_checkpoint(stage_folder: Path) -> tuple[int, Path] | None:
     """`(step, folder)` of the newest whole checkpoint of a stage, if it has one."""
     found = _checkpoints(stage_folder / "checkpoints")
     return found[-1] if found else None
+
+
+def step_of_rollouts(path: Path) -> int | None:
+    """The iteration whose rollouts the file `path` holds; None for any other file."""
+    match = _ROLLOUTS.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -5,6 +5,7 @@ Owns what is recorded and that a resumed stage records each step once. How it is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -15,7 +16,7 @@ from bregman.errors import UserError
 from bregman.tracking.console import Console
 from bregman.tracking.disk import AppendFile, disk_errors, write_json, write_text
 from bregman.tracking.rollouts import write_rollouts
-from bregman.tracking.run_folder import RunFolder
+from bregman.tracking.run_folder import RunFolder, step_of_rollouts
 from bregman.tracking.tensorboard import EventWriter
 from bregman.types import Evaluation, Group
 
@@ -52,8 +53,9 @@ class RunTracker:
             write_text(self._folder.metrics_file, "".join(f"{json.dumps(row)}\n" for row in kept))
             self._metrics.close()
             self._metrics = AppendFile(self._folder.metrics_file)
-        for path in self._folder.rollouts_folder(stage).glob("*_*.parquet"):
-            if int(path.stem.rpartition("_")[2]) >= first_step:
+        for path in self._folder.rollouts_folder(stage).glob("*.parquet"):
+            step = step_of_rollouts(path)
+            if step is not None and step >= first_step:
                 with disk_errors(path):
                     path.unlink()
 
@@ -112,11 +114,10 @@ class RunTracker:
     def close(self) -> None:
         """Stop the live display and close the files. No more calls after this one."""
         self._console.close()
-        try:
+        with contextlib.suppress(UserError):  # every event was flushed, or failed aloud, when it was written
             self._close_events()
-        finally:
-            self._metrics.close()
-            self._warnings.close()
+        self._metrics.close()
+        self._warnings.close()
 
     def _close_events(self) -> None:
         if self._events is not None:

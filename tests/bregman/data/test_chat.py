@@ -37,10 +37,14 @@ PLAIN = (
     "{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"
 )
 LLAMA3 = (
-    "{{- bos_token }}{%- for m in messages %}{{- '<|header|>' + m['role'] + '<|/header|>\\n\\n' + m['content'] | trim + '<|eot|>' }}{%- endfor %}"
+    "{{- bos_token }}{%- for m in messages %}"
+    "{{- '<|header|>' + m['role'] + '<|/header|>\\n\\n' + m['content'] | trim + '<|eot|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|header|>assistant<|/header|>\\n\\n' }}{%- endif %}"
 )
-STRICT = "{%- if messages | length > 1 and messages[0].role == messages[1].role %}{{ raise_exception('roles must alternate') }}{%- endif %}" + CHATML
+STRICT = (
+    "{%- if messages | length > 1 and messages[0].role == messages[1].role %}"
+    "{{ raise_exception('roles must alternate') }}{%- endif %}" + CHATML
+)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +157,11 @@ BAD_CONVERSATIONS = {
     "end token in an answer": (CHATML, turns("hello", "wor<|im_end|>ld"), r"turn 1 contains the end token `<\|im_end\|>`"),
     "end token in a question": (CHATML, turns("<|endoftext|>", "world"), r"turn 0 contains the end token `<\|endoftext\|>`"),
     "no answer": (CHATML, turns("hello"), "no assistant turn"),
-    "content is not text": (CHATML, [{"role": "user", "content": [{"type": "image"}]}, *turns("", "x")[1:]], r"turn 0 is not text \(list\)"),
+    "content is not text": (
+        CHATML,
+        [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}],
+        r"turn 0 is not text \(list\)",
+    ),
     "thinking rewritten in earlier turns": (
         CHATML_THINKING,
         turns("hello", "<think>four</think>world", "hello", "world"),
@@ -166,8 +174,8 @@ BAD_CONVERSATIONS = {
         turns("hello", "world"),
         "renders the prompt of turn 1 differently",
     ),
-    "template that fails": (CHATML.replace("message['content']", "message['content'] + 1"), turns("hello", "world"), "chat template refuses it"),
-    "template without answers": (CHATML.replace("message['content']", "''"), turns("hello", "world"), "leaves the assistant's answer out"),
+    "template that fails": (CHATML.replace("message['content']", "message['content'] + 1"), turns("a", "b"), "chat template refuses it"),
+    "template without answers": (CHATML.replace("message['content']", "''"), turns("a", "b"), "leaves the assistant's answer out"),
 }
 
 
