@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bregman.engines import cluster
 from bregman.engines.config import ClusterConfig, EngineConfig
@@ -42,7 +42,7 @@ def measure(name: str, repeats: int, config: ClusterConfig) -> None:
         Qwen3Config(**shape, num_key_value_heads=heads, head_dim=32 if name == "0.4M" else 64, tie_word_embeddings=True)
     ).float()
     learner: Any = InMemoryLearner(model)
-    tokenizer = PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast)  # nothing is decoded here
+    tokenizer: Any = None  # nothing is decoded here
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         workers = RolloutWorkers.start(Path(folder), EngineConfig(max_model_len=128), config, tokenizer=tokenizer, stop_token_ids=())

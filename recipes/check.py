@@ -1,4 +1,4 @@
-"""`bregman check`: what a run would do, before any worker is started.
+"""`bregman check` and `bregman show`: what a run would do and train on, before any worker is started.
 
 Owns the look at data, lengths, batch arithmetic and rewards of every stage. Raises the first mistake as a `UserError`; prints the rest.
 """
@@ -10,10 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
+
 from bregman.data.chat import check_masks, tokenize_conversations
-from bregman.data.inspect import length_report
+from bregman.data.inspect import colour_mask, length_report, source_report
 from bregman.data.sources import read_conversations, read_problems, source_name
-from bregman.errors import RewardError
+from bregman.errors import RecipeError, RewardError
 from bregman.types import Group, Problem, Segment, Trajectory
 from evals.config import EvalConfig
 from recipes.models import recipe_tokenizer
@@ -50,9 +52,10 @@ def _check_sft(recipe: Recipe, stage: SFTStage, base: Path, tokenizer: Any) -> N
         conversations = read_conversations(source, base, seed=recipe.seed)
         sequences = tokenize_conversations(tokenizer, conversations)
         check_masks(sequences, tokenizer)
-        lengths += [len(sequence.token_ids) for sequence in sequences]
-        trained = fmean(float(sequence.loss_mask.mean()) for sequence in sequences)
-        print(f"  {source_name(source)}: {len(sequences)} conversations, {trained:.0%} of their tokens are trained")
+        own = [len(sequence.token_ids) for sequence in sequences]
+        lengths += own
+        trained = sum(int(sequence.loss_mask.sum()) for sequence in sequences)
+        print(f"  {source_report(source_name(source), own, stage.max_length, trained)}")
     print(_indent(length_report(lengths, stage.max_length, "tokens")))
     over = sum(length > stage.max_length for length in lengths)
     if over:
@@ -69,6 +72,26 @@ def _check_sft(recipe: Recipe, stage: SFTStage, base: Path, tokenizer: Any) -> N
         extensions = f"up to {stage.gate.max_extensions} x {stage.gate.extend_steps} more steps"
         print(f"  gate: {stage.gate.metric} {' and '.join(wanted)}, else {extensions}")
         _check_eval(recipe, stage.gate.evaluation, base, tokenizer)
+
+
+def show(recipe: Recipe, base: Path, stage_name: str | None, count: int) -> None:
+    """Print the first `count` conversations of each source of a supervised stage, trained tokens coloured.
+
+    Raises:
+        RecipeError: the recipe has no such supervised stage.
+    """
+    stages = {stage.name: stage for stage in recipe.stages if isinstance(stage, SFTStage)}
+    if not stages or (stage_name is not None and stage_name not in stages):
+        fix = f"choose one of {', '.join(stages)}" if stages else "the recipe has none"
+        raise RecipeError("--stage", f"no supervised stage `{stage_name or ''}`", fix)
+    tokenizer = recipe_tokenizer(recipe)
+    for name, stage in stages.items():
+        if stage_name in (None, name):
+            for source in stage.sources:
+                conversations = read_conversations(source, base, seed=recipe.seed)[:count]
+                for conversation, sequence in zip(conversations, tokenize_conversations(tokenizer, conversations), strict=True):
+                    print(f"--- {name}, {source_name(source)}, row {conversation.id}: {len(sequence.token_ids)} tokens")
+                    Console(highlight=False).print(colour_mask(tokenizer, sequence))
 
 
 def _check_rl(recipe: Recipe, stage: RLStage, base: Path, tokenizer: Any) -> None:

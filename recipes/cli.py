@@ -1,4 +1,4 @@
-"""The command `bregman`: run, check, eval, report, export.
+"""The command `bregman`: run, check, show, eval, report, export.
 
 Owns arguments and how errors are shown: a `UserError` as one line, anything else as a traceback. Heavy libraries are imported by the
 commands that need them.
@@ -41,6 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--fresh", action="store_true", help="move an existing run folder aside and start anew")
 
     _recipe_command(commands, "check", _check, "validate a recipe, look at its data and rewards, and say what a run would do")
+
+    show = _recipe_command(commands, "show", _show, "print conversations of a supervised stage, trained tokens coloured")
+    show.add_argument("--stage", help="which supervised stage; default: all")
+    show.add_argument("--count", type=int, default=3, help="conversations per source")
 
     evaluate = _recipe_command(commands, "eval", _eval, "evaluate a model folder with an eval stage of a recipe")
     evaluate.add_argument("--stage", help="which eval stage; default: the last one")
@@ -89,6 +93,13 @@ def _check(options: argparse.Namespace) -> None:
     from recipes.check import check
 
     check(recipe, options.recipe.resolve().parent)
+
+
+def _show(options: argparse.Namespace) -> None:
+    recipe = _load(options)
+    from recipes.check import show
+
+    show(recipe, options.recipe.resolve().parent, options.stage, options.count)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -59,9 +59,11 @@ class Workers:
         return self._rewards
 
     def close(self) -> None:
-        for group in (self._learner, self._engine, self._rewards):
-            if group is not None:
-                group.stop()
+        if self._learner is not None:
+            self._learner.close()
+        if self._engine is not None:
+            self._engine.stop()
+        self._rewards.stop()
         cluster.stop()
 
     def __enter__(self) -> Workers:

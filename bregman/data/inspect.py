@@ -69,6 +69,8 @@ def length_report(lengths: Items[int], limit: int, unit: str = "tokens") -> str:
     if not lengths:
         return "no examples"
     values = np.asarray(lengths)
+    if values.min() == values.max() <= limit:
+        return f"{len(values):,} examples of {values[0]} {unit} each, limit {limit}"
     top = max(1, min(limit, int(values.max())))
     width = -(-top // _BINS)
     # each bin holds first..last, both included; the last one ends at the limit or the longest example, never beyond

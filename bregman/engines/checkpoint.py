@@ -1,12 +1,13 @@
 """Checkpoints of a sharded model and its AdamW state, through torch.distributed.checkpoint, and the export to HF format.
 
-Owns what lies in a checkpoint folder and that half-written folders are never taken for whole ones. When to write one is the
-loops' business.
+Owns what lies in a checkpoint folder. When one is written, and that it is written aside and renamed, is its caller's business.
+The metadata of torch's format is a pickle: a checkpoint is resumed by the run that wrote it; what users exchange is an export.
 """
 
 from __future__ import annotations
 
 import contextlib
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ def save(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int, 
     state = _state(model, optimizer, rank)
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     with _explained(folder, "written"):
-        dcp.save(state, storage_writer=writer, no_dist=world_size == 1)
+        dcp.save(state, storage_writer=writer)
 
 
 def load(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int, world_size: int) -> None:
@@ -47,7 +48,7 @@ def load(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int, 
     with _explained(folder, "read"):
         known = reader.read_metadata().state_dict_metadata
         state = {name: tensor for name, tensor in _state(model, optimizer, rank).items() if not name.startswith("rng.") or name in known}
-        dcp.load(state, storage_reader=reader, no_dist=world_size == 1)
+        dcp.load(state, storage_reader=reader)
     optimizer.steps = int(state["optimizer.step"].item())
     if f"rng.{rank}" in state:
         torch.set_rng_state(state[f"rng.{rank}"])
@@ -105,7 +106,7 @@ def _state(model: nn.Module, optimizer: ShardedAdamW, rank: int) -> dict[str, to
 def _explained(folder: Path, verb: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, CheckpointException, KeyError, EOFError) as error:
+    except (OSError, CheckpointException, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "free some space, or choose another output_dir" if verb == "written" else "resume from an older checkpoint"
         raise DataError(str(folder), f"cannot be {verb} ({reason})", fix) from error

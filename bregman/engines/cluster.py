@@ -53,6 +53,8 @@ def start(config: ClusterConfig) -> None:
             "object_store_memory": 256 * 2**20,
         }
         _listen_on_loopback_only()
+        # Its one message here: that token authentication is on, which is what we want.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         ray.init(address=config.address, **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:

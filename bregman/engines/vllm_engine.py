@@ -170,12 +170,16 @@ class VLLMEngine:
         """Refuse, with the old weights still in place, what could only be loaded in part."""
         check_current(handle)
         sent = _shapes(handle)
+        tied = bool(getattr(self.llm.model_config.hf_text_config, "tie_word_embeddings", False))
+        optional = ("rotary_emb.inv_freq", "lm_head.weight") if tied else ("rotary_emb.inv_freq",)
         for name, shape in self.expected.items():
             if name not in sent:
+                if name.endswith(optional):
+                    continue
                 raise ClusterError("weight sync", f"`{name}` was not sent", "send every tensor of the model, by its checkpoint name")
             if sent[name] != shape:
                 raise ClusterError("weight sync", f"`{name}` has shape {sent[name]} where the engine's model has {shape}")
-        extra = [name for name in sent if name not in self.expected and name != "lm_head.weight"]
+        extra = [name for name in sent if name not in self.expected and not name.endswith(optional)]
         if extra:
             raise ClusterError("weight sync", f"the engine's model has no `{extra[0]}`", "send tensors by their checkpoint names")
 

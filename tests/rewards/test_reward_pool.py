@@ -157,11 +157,11 @@ HOSTILE = [
     ("exits_at_once", "its process ended with exit code 3"),
     ("kills_itself", "its process was killed by signal 9 (SIGKILL, out of memory?)"),
     ("crashes", "its process was killed by signal 11 (SIGSEGV)"),
-    ("hangs", "no answer within 0.5 s"),
-    ("hangs_in_c", "no answer within 0.5 s"),
-    ("hangs_and_ignores_signals", "no answer within 0.5 s"),
-    ("hangs_async", "no answer within 0.5 s"),
-    ("stops_itself", "no answer within 0.5 s"),
+    ("hangs", "no answer within 1.0 s"),
+    ("hangs_in_c", "no answer within 1.0 s"),
+    ("hangs_and_ignores_signals", "no answer within 1.0 s"),
+    ("hangs_async", "no answer within 1.0 s"),
+    ("stops_itself", "no answer within 1.0 s"),
     ("nan", "returned nan, expected a finite number or None"),
     ("infinite", "returned -inf, expected a finite number or None"),
     ("too_large", "(int), expected a number or None"),
@@ -179,10 +179,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("name", "error"), HOSTILE, ids=[name for name, _ in HOSTILE])
 def test_only_the_guilty_sample_fails(folder: Path, name: str, error: str) -> None:
-    with pool_of(folder, name, timeout=0.5, memory_gib=0.5) as pool:
+    timeout = 1.0 if "no answer" in error else 20.0  # only a hang has to wait for it
+    with pool_of(folder, name, timeout=timeout, memory_gib=0.5) as pool:
         started = time.monotonic()
         [outcomes] = pool.run(samples_with_one_bad())
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 15
         guilty = outcomes.pop(3)
         assert outcomes == [1.0] * 5
         assert isinstance(guilty, Failure)
@@ -194,7 +195,7 @@ def test_only_the_guilty_sample_fails(folder: Path, name: str, error: str) -> No
 @pytest.mark.parametrize("name", ["floods", "forks", "leaves_child", "spoils_globals", "leaves_threads", "spoils_arguments"])
 def test_harm_that_costs_no_score(folder: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     mark = f"left-by-{os.getpid()}-{name}"
-    with pool_of(folder, name, args={"mark": mark}, timeout=2) as pool:
+    with pool_of(folder, name, args={"mark": mark}, timeout=30) as pool:
         for _ in range(3):
             assert pool.run(samples_with_one_bad()) == [[1.0] * 6]
         if name == "leaves_child":
@@ -205,10 +206,10 @@ def test_harm_that_costs_no_score(folder: Path, name: str, capfd: pytest.Capture
 
 def test_children_of_a_dead_process_are_killed_and_do_not_delay(folder: Path) -> None:
     mark = f"left-by-{os.getpid()}"
-    with pool_of(folder, "leaves_child_and_dies", args={"mark": mark}, timeout=20) as pool:
+    with pool_of(folder, "leaves_child_and_dies", args={"mark": mark}, timeout=60) as pool:
         started = time.monotonic()
         [outcomes] = pool.run(samples_with_one_bad())
-        assert time.monotonic() - started < 5  # the child holds the pipes of the dead process open
+        assert time.monotonic() - started < 20  # the child holds the pipes of the dead process open
         assert outcomes[3] == Failure("its process ended with exit code 6")
         assert wait_until(lambda: processes_with(mark) == 0)
 

@@ -34,8 +34,8 @@ CHAT_TEMPLATE = """\
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per character of `alphabet`, and `decode(encode(text)) == text` for every text over it.
 
-    Newline is always in the vocabulary, since ChatML headers end in one. The name of a role is one token in a header and plain
-    characters everywhere else. Think tags are added tokens that are not special: decoding keeps them also when it skips special
+    Newline is always in the vocabulary, since ChatML headers end in one. The name of a role is one token in a header, and plain
+    characters inside other text. Think tags are added tokens that are not special: decoding keeps them also when it skips special
     tokens. A character outside the vocabulary becomes `<|unk|>`, which the data room reports as an error.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -43,9 +43,10 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 
     entries = dict.fromkeys((PAD, UNKNOWN, START, END, *THINK_TAGS, *ROLES, "\n", *alphabet))
     vocabulary = {entry: index for index, entry in enumerate(entries)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    # Added tokens cut the text first, so \A is the place right after <|im_start|>; [\s\S] is any single character.
-    header = r"\A(?:" + "|".join(ROLES) + r")(?=\n)|[\s\S]"
+    # BPE without merges cuts text into characters, three times as fast as a pre-tokenizer that does; ignore_merges lets a role
+    # name that the pre-tokenizer cut out be one token. Added tokens cut first, so \A is the place right after <|im_start|>.
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN, ignore_merges=True))
+    header = r"\A(?:" + "|".join(ROLES) + r")(?=\n)"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(header), "isolated")
     tokenizer.decoder = decoders.Fuse()  # without one, decoding puts spaces between tokens
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, UNKNOWN, START, END)])

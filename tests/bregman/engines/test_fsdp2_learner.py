@@ -55,10 +55,11 @@ def test_equals_a_plain_padded_loop(model: Path) -> None:
     made = learner(model)
     stats = [made.step(minibatch(seed=step), policy_loss, RATE) for step in range(4)]
     trace, expected = padded_loop(model, 4)
-    assert [(s.loss, s.grad_norm) for s in stats] == [pytest.approx(pair, rel=2e-5) for pair in trace]
+    assert (stats[0].loss, stats[0].grad_norm) == pytest.approx(trace[0], rel=1e-6)
+    assert [(s.loss, s.grad_norm) for s in stats] == [pytest.approx(pair, rel=1e-5) for pair in trace]
     assert min(norm for _, norm in trace) > OPTIMIZER.max_grad_norm  # clipping was at work
     for name, tensor in weights(made).items():
-        torch.testing.assert_close(tensor, expected[name], atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(tensor, expected[name], atol=5e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}])
@@ -102,7 +103,7 @@ def test_activation_checkpointing_gives_the_same_bits(model: Path) -> None:
 
 def test_bfloat16_trains_and_keeps_float32_weights(model: Path) -> None:
     made = learner(model, dtype="bfloat16")
-    losses = [made.step(minibatch(), policy_loss, RATE).loss for _ in range(20)]
+    losses = [made.step(minibatch(), policy_loss, 1e-2).loss for _ in range(20)]
     assert losses[-1] < losses[0] - 0.5
     assert {tensor.dtype for tensor in weights(made).values()} == {torch.float32}
     full = learner(model)
@@ -117,8 +118,8 @@ def test_the_policy_starts_exactly_at_its_reference(model: Path) -> None:
     batches = [replace(b, reference_logprobs=r, fixed_logprobs=f) for b, (r, f) in zip(batches, answers, strict=True)]
     first, second = (made.step(batches, reference_loss, RATE) for _ in range(2))
     assert first.metrics["from_reference"] == 0
-    assert first.metrics["from_fixed"] > 0.1  # it moved before the iteration began
-    assert second.metrics["from_reference"] > 0.1
+    assert first.metrics["from_fixed"] > 0.05  # it moved before the iteration began
+    assert second.metrics["from_reference"] > 0.05
 
 
 def test_the_fixed_reference_stays(model: Path) -> None:
