@@ -90,7 +90,7 @@ def main() -> None:
         workers = RolloutWorkers.start(Path(folder), EngineConfig(max_model_len=256), config, tokenizer=tokenizer, stop_token_ids=(END,))
         workers.ready()
     try:
-        worker_rates, bare_rates, ratios = [], [], []
+        worker_rates, bare_rates, ratios, outside = [], [], [], []
         for pair in range(options.pairs + 1):  # the first pair warms up
             requests = [request for group in workers._requests(problems, sampling, pair) for request in group]
             rates: dict[str, float] = {}
@@ -107,9 +107,11 @@ def main() -> None:
                 worker_rates.append(rates["worker"])
                 bare_rates.append(rates["bare"])
                 ratios.append(rates["worker"] / rates["bare"])
+                outside.append(1 - workers.last_stats["worker_seconds"] / workers.last_stats["seconds"])
         print(f"rollout worker: {statistics.median(worker_rates):.0f} tokens/s (median of {options.pairs})")
         print(f"bare vLLM: {statistics.median(bare_rates):.0f} tokens/s (median of {options.pairs})")
         print(f"rollout worker over bare vLLM: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}; goal 0.97)")
+        print(f"share of a rollout spent outside the engine (transport, decoding): {100 * statistics.median(outside):.1f} %")
     finally:
         workers.stop()
         cluster.stop()

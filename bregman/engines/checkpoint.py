@@ -26,7 +26,7 @@ from bregman.errors import DataError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int, world_size: int) -> None:
+def save(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int) -> None:
     """Write weights, optimizer and RNG states into `folder`, which exists. All ranks call it.
 
     Raises:
@@ -38,7 +38,7 @@ def save(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int, 
         dcp.save(state, storage_writer=writer)
 
 
-def load(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int, world_size: int) -> None:
+def load(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int) -> None:
     """Restore what `save` wrote, at any number of ranks; a rank that did not exist then keeps its RNG state.
 
     Raises:

@@ -53,6 +53,8 @@ class FSDP2Learner:
         Raises:
             DataError: the folder is no model that can be trained here.
         """
+        for held in ("_sharded", "_fixed", "_optimizer"):
+            self.__dict__.pop(held, None)  # free the last stage's weights before the next are loaded
         self._source = model
         self._sharded = self._load(model)
         self._fixed = self._load(model, frozen=True) if keep_fixed_reference else None
@@ -64,8 +66,10 @@ class FSDP2Learner:
         if reset_optimizer:
             self._optimizer.reset()
         reference = self._logprobs(self._sharded, minibatches)
-        fixed = self._logprobs(self._fixed, minibatches) if self._fixed else [[None] * len(batches) for batches in minibatches]
-        return [list(zip(*pair, strict=True)) for pair in zip(reference, fixed, strict=True)]
+        if self._fixed is None:
+            return [[(logprobs, None) for logprobs in batches] for batches in reference]
+        fixed = self._logprobs(self._fixed, minibatches)
+        return [list(zip(ours, theirs, strict=True)) for ours, theirs in zip(reference, fixed, strict=True)]
 
     def step(self, batches: Sequence[PackedBatch], loss: LossFunction, learning_rate: float) -> StepStats:
         """One optimizer step over the micro-batches of all ranks.
@@ -95,11 +99,11 @@ class FSDP2Learner:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write weights, optimizer and RNG states into `folder`, which exists."""
-        checkpoint.save(folder, self._sharded.policy, self._optimizer, rank=self._rank, world_size=self._world_size)
+        checkpoint.save(folder, self._sharded.policy, self._optimizer, rank=self._rank)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Restore what `save_checkpoint` wrote, at any number of ranks; `begin_stage` comes first."""
-        checkpoint.load(folder, self._sharded.policy, self._optimizer, rank=self._rank, world_size=self._world_size)
+        checkpoint.load(folder, self._sharded.policy, self._optimizer, rank=self._rank)
 
     def export(self, folder: Path) -> None:
         """Write the model in float32 and in Hugging Face format, with the tokenizer of the stage's start model."""

@@ -66,9 +66,9 @@ class ShardedPolicy:
         `keep` is False the result is empty."""
         gathered: dict[str, torch.Tensor] = {}
         for name, tensor in _unique_state(self.policy):
-            full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if keep:
-                gathered[name] = full.cpu()
+                gathered[name] = full.detach().cpu()
         return gathered
 
     def hub_weights(self, *, keep: bool) -> dict[str, torch.Tensor]:

@@ -82,7 +82,9 @@ class WeightHandle:
 
 
 def resolve_backend(config: EngineConfig) -> Literal["shared_memory"]:
-    """The weight-sync backend to use; `auto` is shared memory, which serves CPU and (through a host copy) GPU engines.
+    """The weight-sync backend to use; `auto` is shared memory, for CPU engines and, through a host copy, GPU engines.
+
+    The GPU side of it is vLLM's own loading of CPU tensors; it has not been run on a GPU.
 
     Raises:
         ClusterError: the recipe asks for a GPU-to-GPU backend.

@@ -46,7 +46,7 @@ def is_rl(stage: StageData) -> bool:
 
 
 def _across_stages(run: RunData, key: str) -> str:
-    rows = [stage.summary for stage in run.stages if stage.summary and key in stage.summary]
+    rows = [stage.summary for stage in run.stages if stage.kind == "eval" and stage.summary]
     series = Series(name="", x=range(len(rows)), y=[row[key] for row in rows])
     points = Series(name="", x=range(len(rows)), y=[row[key] for row in rows], style="points", color=0)
     title = "Accuracy after each stage" if key == "accuracy" else "Mean response tokens after each stage"
@@ -77,8 +77,8 @@ def _curve_with_levels(run: RunData, rl_stages: Sequence[StageData], key: str) -
         Series(name="held-out problems", x=held_x, y=held_y, color=1),
         Series(name="", x=held_x, y=held_y, style="points", color=1),
     ]
-    before = run.stages[: run.stages.index(rl_stages[0])]
-    levels = [stage.summary for stage in before if stage.summary and key in stage.summary]
+    before = run.stages[: run.stages.index(rl_stages[0])]  # eval stages only: a gate may ask other questions
+    levels = [stage.summary for stage in before if stage.kind == "eval" and stage.summary]
     series += [
         Series(
             name=f"after {row['name'].removeprefix('after_')}", x=(0, offset), y=(row[key], row[key]), style="dashed", color=2 + index % 4

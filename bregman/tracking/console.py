@@ -228,7 +228,13 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table at the end of a run: one line per evaluated stage, accuracy and mean response length."""
     header = ("stage", "accuracy", "mean response tokens", "problems", "time")
     body = [
-        (row["name"], f"{row['accuracy']:.3f}", f"{row['mean_tokens']:.1f}", str(row["num_problems"]), duration(row["seconds"]))
+        (
+            row["name"] if row["kind"] == "eval" else f"{row['name']} (gate)",
+            f"{row['accuracy']:.3f}",
+            f"{row['mean_tokens']:.1f}",
+            str(row["num_problems"]),
+            duration(row["seconds"]),
+        )
         for row in rows
         if "accuracy" in row
     ]

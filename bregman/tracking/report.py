@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bregman.tracking.charts import learning_curve, stage_charts
+from bregman.tracking.charts import is_rl, learning_curve, stage_charts
 from bregman.tracking.console import duration
 from bregman.tracking.disk import write_text
 from bregman.tracking.run_data import RunData, StageData, primary_reward, read_run, sample_rollouts
@@ -84,7 +84,7 @@ def _stage_row(stage: StageData) -> str:
         escape(stage.name),
         escape(stage.kind),
         duration(row["seconds"]) if row else _progress(stage),
-        f"<b>{row['accuracy']:.3f}</b>" if "accuracy" in row else "",
+        f"{'' if stage.kind == 'eval' else '<small>gate</small> '}<b>{row['accuracy']:.3f}</b>" if "accuracy" in row else "",
         f"{row['pass_at_k']:.3f}" if "pass_at_k" in row else "",
         f"{row['mean_tokens']:.1f}" if "mean_tokens" in row else "",
         f"{row['truncated']:.1%}" if "truncated" in row else "",
@@ -105,13 +105,14 @@ def _stage(folder: RunFolder, stage: StageData) -> str:
     parts = [_charts(charts)] if charts else []
     if samples:
         parts.append("<h3>Sample responses</h3>")
-        parts += [_samples(step, rows, opened=step == samples[-1][0]) for step, rows in samples]
+        label = "iteration {}" if is_rl(stage) else "evaluation at step {}"
+        parts += [_samples(label.format(step), rows, opened=step == samples[-1][0]) for step, rows in samples]
     return _section(f"Stage {escape(stage.name)}", "".join(parts)) if parts else ""
 
 
-def _samples(step: int, rows: list[dict[str, Any]], opened: bool) -> str:
+def _samples(label: str, rows: list[dict[str, Any]], opened: bool) -> str:
     shown = "".join(_sample(row) for row in rows)
-    return f'<details{" open" if opened else ""}><summary>Iteration {step}</summary><div class="samples">{shown}</div></details>'
+    return f'<details{" open" if opened else ""}><summary>{label}</summary><div class="samples">{shown}</div></details>'
 
 
 def _sample(row: Mapping[str, Any]) -> str:
@@ -119,11 +120,11 @@ def _sample(row: Mapping[str, Any]) -> str:
     mark = f'<span class="mark {"right" if right else "wrong"}">{"right" if right else "wrong"}</span>'
     facts = {
         "reward": _number(row["reward"]),
-        **{name: _number(value) for name, value in row["reward_parts"].items()},
+        **{f"reward: {name}": _number(value) for name, value in row["reward_parts"].items()},
         "advantage": _number(row["advantage"]),
         "finish": row["finish_reason"],
         "fate": row["fate"],
-        "answer": row["answer"],
+        "gold answer": row["answer"],
         "reward error": row["reward_error"],
     }
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value not in (None, ""))

@@ -219,8 +219,10 @@ def _remove(folder: Path) -> None:
 
 def _remove_half_written(path: Path) -> None:
     """What a killed process left aside in the places this room writes to."""
+    for folder in path.glob("stages/*/checkpoints"):
+        _checkpoints(folder)  # puts back what has no replacement; what is still there then has one
     places = [path, *path.glob("rollouts/*"), *path.glob("stages/*"), *path.glob("stages/*/checkpoints")]
-    for leftover in [entry for place in places for entry in place.glob(f".*{ASIDE_SUFFIX}")]:
+    for leftover in [entry for place in places for form in (f".*{ASIDE_SUFFIX}", f"{_REPLACED}*") for entry in place.glob(form)]:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from learner_cases import LENGTHS, OPTIMIZER, make_model, make_sequences, minibatch, nan_loss, padded_loop, policy_loss, reference_loss
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedConfig, Qwen3MoeConfig
 
 from bregman.data.packing import pack
 from bregman.engines import sharding
@@ -201,6 +202,35 @@ def test_published_weights_are_those_of_the_checkpoint_on_disk(model: Path) -> N
     finally:
         made.close()
     assert not Path(handle.path).exists()
+
+
+SMALL_MOE = {
+    "vocab_size": 29, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+}  # fmt: skip
+EXPERTS = {
+    "qwen3_moe": Qwen3MoeConfig(**SMALL_MOE, num_key_value_heads=2, head_dim=8, num_experts=4),
+    "deepseek_v3": DeepseekV3Config(
+        **SMALL_MOE, n_routed_experts=4, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1,
+        kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_train_and_keep_their_names_on_disk(name: str, per_layer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: PreTrainedConfig = EXPERTS[name]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "start")
+    monkeypatch.setattr(sharding, "SMALL_MODEL", 0 if per_layer else sharding.SMALL_MODEL)
+    made = learner(tmp_path / "start")
+    assert_same_bits(load_file(tmp_path / "start" / "model.safetensors"), made._sharded.hub_weights(keep=True))
+    made.begin_iteration([minibatch(token_budget=40)])
+    losses = [made.step(minibatch(token_budget=40), policy_loss, RATE).loss for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    made.export(tmp_path / "end")
+    assert_same_bits(load_file(tmp_path / "end" / "model.safetensors"), made._sharded.hub_weights(keep=True))
 
 
 def test_a_folder_without_a_model_is_a_user_error(tmp_path: Path) -> None:
