@@ -29,7 +29,7 @@ uv() { env -u VIRTUAL_ENV "$venv/bin/uv" "$@"; }
 if ! uv pip install --quiet --python "$venv/bin/python" --dry-run --no-index --no-deps "${options[@]}" "torch==2.13.0+cpu" 2>/dev/null; then
     options+=(--torch-backend cpu)
 fi
-uv pip install --quiet --python "$venv/bin/python" --no-deps "${options[@]}" -r requirements-cpu.txt
+uv pip install --quiet --python "$venv/bin/python" --no-deps --compile-bytecode "${options[@]}" -r requirements-cpu.txt
 uv pip install --quiet --python "$venv/bin/python" --no-deps "${options[@]}" --editable .
 rm -f "$venv"/.bregman-*
 touch "$stamp"

@@ -113,7 +113,7 @@ def main() -> None:
         print(f"rollout worker over bare vLLM: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}; goal 0.97)")
         print(f"share of a rollout spent outside the engine (transport, decoding): {100 * statistics.median(outside):.1f} %")
     finally:
-        workers.stop()
+        workers.close()
         cluster.stop()
 
 

@@ -50,7 +50,7 @@ def measure(name: str, repeats: int, config: ClusterConfig) -> None:
     try:
         timings = [workers.load_weights(learner, version) for version in range(repeats + 2)][2:]
     finally:
-        workers.stop()
+        workers.close()
         learner.writer.close()
     parts = {key: 1000 * statistics.median(timing[key] for timing in timings) for key in ("total", "publish", "load", "caches")}
     size = sum(parameter.numel() for parameter in model.parameters())

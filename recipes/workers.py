@@ -59,11 +59,9 @@ class Workers:
         return self._rewards
 
     def close(self) -> None:
-        if self._learner is not None:
-            self._learner.close()
-        if self._engine is not None:
-            self._engine.stop()
-        self._rewards.stop()
+        for group in (self._learner, self._engine, self._rewards):
+            if group is not None:
+                group.close()
         cluster.stop()
 
     def __enter__(self) -> Workers:

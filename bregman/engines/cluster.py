@@ -27,6 +27,7 @@ WORKER_ENV: Mapping[str, str] = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONDONTWRITEBYTECODE": "",  # torch and vLLM are thousands of modules: compile them once per machine, not per process
 }
 
 

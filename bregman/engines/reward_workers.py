@@ -89,7 +89,7 @@ class RewardWorkers:
         """End the processes that `scorer` started, once a stage is done."""
         self._each([("release", (rewards, base_folder.resolve()))] * len(self._actors), "release", self._config.step_timeout)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the actors; the kernel ends their reward processes with them."""
         for actor in self._actors:
             ray.kill(actor)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from bregman.data.chat import decode_response
 from bregman.engines import cluster
 from bregman.engines.config import ClusterConfig, EngineConfig, SamplingConfig
 from bregman.engines.vllm_engine import EAGER_ENV, VLLM_ENV, Generation, GenerationRequest, VLLMEngine, check_fits
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from bregman.protocols import Learner
 
 MAX_REPLACEMENTS = 2  # of one worker within one call
-BYTECODE_ENV: Mapping[str, str] = {"PYTHONDONTWRITEBYTECODE": ""}  # vLLM imports thousands of modules: compile them once per machine
 
 
 class RolloutWorker:
@@ -169,7 +169,7 @@ class RolloutWorkers:
         }
         return groups
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End all workers."""
         for worker in self._workers:
             ray.kill(worker)
@@ -207,19 +207,15 @@ class RolloutWorkers:
                 logprobs=generation.logprobs,
                 segments=(Segment(policy_version=self.version, length=len(generation.token_ids)),),
                 finish_reason=generation.finish_reason,
-                text=self._decode(generation),
+                text=decode_response(self.tokenizer, generation.token_ids),
             )
             for index, generation in enumerate(generations)
         )
         return Group(problem=problem, trajectories=trajectories)
 
-    def _decode(self, generation: Generation) -> str:
-        ids = generation.token_ids[:-1] if generation.finish_reason == "stop" else generation.token_ids
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
     def _start_one(self) -> tuple[Any, Any]:
         gpus = self.cluster.gpus_per_rollout_worker
-        environment = {**cluster.WORKER_ENV, **VLLM_ENV, **BYTECODE_ENV, **(EAGER_ENV if self.engine.enforce_eager else {})}
+        environment = {**cluster.WORKER_ENV, **VLLM_ENV, **(EAGER_ENV if self.engine.enforce_eager else {})}
         options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0, "runtime_env": {"env_vars": environment}}
         worker: Any = ray.remote(RolloutWorker).options(**options).remote()
         return worker, worker.start.remote(str(self.model), self.engine, 0, max(1, int(gpus)))

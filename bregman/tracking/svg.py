@@ -171,10 +171,15 @@ def _ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def _powers(frame: _Frame) -> list[float]:
+    """Ticks of a log axis, as powers of ten."""
+    powers = [float(power) for power in range(round(frame.y0), round(frame.y1) + 1)]
+    return powers[:: max(1, len(powers) // 5)]
+
+
 def _grid(frame: _Frame, axes: Axes) -> str:
     marks = []
-    powers = [float(power) for power in range(round(frame.y0), round(frame.y1) + 1)]
-    for tick in powers[:: max(1, len(powers) // 5)] if frame.log_y else _ticks(frame.y0, frame.y1):
+    for tick in _powers(frame) if frame.log_y else _ticks(frame.y0, frame.y1):
         value = 10**tick if frame.log_y else tick
         y = f"{frame.y(value):.1f}"
         text = f"1e{tick:.0f}" if frame.log_y else short(tick)

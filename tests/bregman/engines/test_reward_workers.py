@@ -46,7 +46,7 @@ def workers() -> Iterator[RewardWorkers]:
     cluster.start(config)
     workers = RewardWorkers.start(config)
     yield workers
-    workers.stop()
+    workers.close()
     cluster.stop()
 
 

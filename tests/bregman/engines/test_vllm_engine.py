@@ -38,7 +38,9 @@ def model():
 @pytest.fixture(scope="module")
 def tokenizer():
     vocabulary = {"<think>": 1, "</think>": 2, "<|im_end|>": END, **{f"w{i}": i for i in range(64) if i not in (1, 2, END)}}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")), eos_token="<|im_end|>")
+    template = "{% for message in messages %}{{ message['content'] + '<|im_end|>' }}{% endfor %}"
+    model = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", chat_template=template)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def workers(model, tokenizer, tmp_path_factory):
     workers.ready()
     workers.load_weights(folder, 7)
     yield workers
-    workers.stop()
+    workers.close()
     cluster.stop()
 
 
@@ -201,4 +203,4 @@ def test_a_folder_without_weights_is_named(workers, tokenizer, tmp_path):
     broken = RolloutWorkers.start(Path(tmp_path), ENGINE, ClusterConfig(), tokenizer=tokenizer, stop_token_ids=(END,))
     with pytest.raises(UserError, match="no \\*.safetensors file in this folder"):
         broken.ready()
-    broken.stop()
+    broken.close()
