@@ -3,7 +3,8 @@
 First, both compute the gradient of the GRPO loss for the same completions, on-policy and with a disturbed reference so that ratios and
 clipping matter; a relative difference above 1e-4 ends the benchmark. Then steps alternate (TRL, Bregman, TRL, Bregman, ...): a step is
 sampling, rewards, one optimizer step and, for Bregman, also the weight sync, the log-probabilities of pi_i and the parity check. Each
-process has one thread. TRL samples with Hugging Face `generate`: its vLLM mode does not run on a CPU.
+process has one thread. TRL samples with Hugging Face `generate` (its vLLM mode does not run on a CPU, its continuous batching is several
+times slower there) and trains in micro-batches of 64 responses, which suits it better than one batch.
 
 Two cases, both on a model that a short SFT on the demo's demonstrations made: equal lengths (no end token: every response has
 `--max-tokens` tokens) and ragged ones (the model ends its responses). Tokens are response tokens; the learning rate is so small that
@@ -19,6 +20,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -46,6 +48,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "tiny_thinking" / "re
 LEARNING_RATE = 1e-7
 CLIP = 0.2
 TOLERANCE = 1e-4
+TRL_MICRO_BATCH = 64
 
 
 def even_search(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -68,53 +71,43 @@ class Step:
         return sum(self.lengths) / self.seconds
 
 
-# --- the same gradient ------------------------------------------------------------------------------------------------------
-
-
 def trl_config(folder: Path, *, num_problems: int, num_samples: int, max_tokens: int, steps: int, ignore_end: bool = False) -> GRPOConfig:
     """GRPO as in the paper with one optimizer step per iteration, float32 on the CPU, and no reports."""
     from trl import GRPOConfig
 
+    total = num_problems * num_samples
+    parts = next(n for n in range(1, total + 1) if total % n == 0 and total // n <= TRL_MICRO_BATCH)
     return GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=num_problems * num_samples,
-        num_generations=num_samples,
-        max_completion_length=max_tokens,
-        generation_kwargs={"min_new_tokens": max_tokens} if ignore_end else None,
-        temperature=1.0,
-        shuffle_dataset=False,
-        max_steps=steps,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        loss_type="grpo",
-        beta=0.0,
-        epsilon=CLIP,
-        scale_rewards="group",
-        report_to=[],
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=0,
-    )
+        output_dir=str(folder), report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=0,
+        use_cpu=True, bf16=False, gradient_checkpointing=False,
+        per_device_train_batch_size=total // parts, gradient_accumulation_steps=parts, num_generations=num_samples,
+        max_completion_length=max_tokens, generation_kwargs={"min_new_tokens": max_tokens} if ignore_end else None, temperature=1.0,
+        shuffle_dataset=False, max_steps=steps, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", adam_beta2=0.95,
+        loss_type="grpo", beta=0.0, epsilon=CLIP, scale_rewards="group",
+    )  # fmt: skip
 
 
 def trl_trainer(model: Path, config: GRPOConfig, problems: Sequence[Problem], reward: Callable[..., list[float]]) -> GRPOTrainer:
-    """A trainer on the model folder with the problems as its data, in their order."""
+    """A trainer on the model folder with the problems as its data, in their order.
+
+    Raises:
+        RuntimeError: TRL would give the model another prompt than Bregman does.
+    """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import GRPOTrainer
 
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = tokenizer.apply_chat_template([list(p.messages) for p in problems], add_generation_prompt=True)["input_ids"]
+    if prompts != [list(p.prompt_ids) for p in problems]:
+        raise RuntimeError("TRL and Bregman render the prompts differently")
     rows = [{"prompt": list(p.messages), "digits": p.columns["digits"], "target": p.columns["target"]} for p in problems]
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
         reward_funcs=reward,
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(model),
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -206,9 +199,6 @@ def check_gradients(model: Path, groups: Sequence[Group]) -> dict[str, float]:
         if not differences[name] <= TOLERANCE:
             raise RuntimeError(f"{name}: the gradients differ by {differences[name]:.1e}, more than {TOLERANCE:.0e}")
     return differences
-
-
-# --- the time of a step -----------------------------------------------------------------------------------------------------
 
 
 class QuietTracker:
@@ -305,13 +295,14 @@ def alternate(model: Path, config: GRPOConfig, problems: Sequence[Problem], othe
     return pairs
 
 
-def trained_a_little(workers: Workers, recipe: Recipe, start: Path, folder: Path, tokenizer: Any, tracker: QuietTracker) -> Path:
-    """The demo's start model after the recipe's long-CoT SFT stage alone, as an HF folder: it ends its responses at various lengths."""
+def trained_a_little(workers: Workers, recipe: Recipe, start: Path, steps: int, tokenizer: Any, tracker: QuietTracker) -> Path:
+    """The start model after `steps` of the demo's long-CoT SFT stage, as an HF folder: it ends its responses at various lengths."""
     import sft.loop
     from bregman.data.mixture import Mixture
     from recipes.examples import tokenised_sources
 
-    stage = next(stage for stage in recipe.stages if isinstance(stage, SFTStage))
+    [stage] = [stage for stage in recipe.stages if isinstance(stage, SFTStage) and stage.name == "long_cot_sft"]
+    stage = stage.model_copy(update={"steps": steps, "gate": None})
     sources = tokenised_sources(stage, RECIPE.parent, tokenizer, recipe.seed, tracker.warn)
     parts = sft.loop.Parts(
         learner=workers.learner,
@@ -322,8 +313,8 @@ def trained_a_little(workers: Workers, recipe: Recipe, start: Path, folder: Path
     )
     workers.learner.begin_stage(start, stage.optimizer)
     sft.loop.train(stage, parts, tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch)
-    workers.learner.export(folder)
-    return folder
+    workers.learner.export(start.with_name("model"))
+    return start.with_name("model")
 
 
 def report(case: str, pairs: Sequence[tuple[Step, Step]], metrics: Mapping[str, float]) -> None:
@@ -354,6 +345,7 @@ def main() -> None:
     from bregman.models.loading import hide_cuda_builds
 
     hide_cuda_builds()
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # it is not asked for here
     with tempfile.TemporaryDirectory() as folder:
         run(options, Path(folder))
 
@@ -368,11 +360,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     from recipes.workers import Workers
 
     logging.disable_progress_bar()
-    recipe = load_recipe(RECIPE)
-    stages = [
-        stage.model_copy(update={"steps": options.sft_steps, "gate": None}) for stage in recipe.stages if stage.name == "long_cot_sft"
-    ]
-    recipe = recipe.model_copy(update={"stages": stages})
+    # The demo's KV cache holds its ragged responses; 192 long ones of equal length would crowd it.
+    recipe = load_recipe(RECIPE, ["engine.kv_cache_mib=256"])
     make_tiny_qwen3(recipe.model, recipe.seed, folder / "start")
     tokenizer, tracker = load_tokenizer(folder / "start"), QuietTracker()
     source = PythonSource(path="task.py:train_problems")
@@ -391,7 +380,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     )
     size = {"num_problems": options.problems, "num_samples": options.samples, "max_tokens": options.max_tokens}
     with Workers(recipe, folder / "start", tokenizer, tracker) as workers:
-        model = trained_a_little(workers, recipe, folder / "start", folder / "model", tokenizer, tracker)
+        model = trained_a_little(workers, recipe, folder / "start", options.sft_steps, tokenizer, tracker)
         workers.engine.load_weights(model, version=0)
         scorer = workers.rewards.scorer(config.rewards, Path(__file__).parent)
         groups = scorer.score(workers.engine.rollout(problems[-8:], config.rollout, seed=0))
