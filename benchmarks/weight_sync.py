@@ -1,6 +1,6 @@
 """Milliseconds per weight sync: a learner's tensors in one process into a running vLLM in another, over shared memory.
 
-    python benchmarks/weight_sync.py [--repeats 15]
+python benchmarks/weight_sync.py [--repeats 15]
 """
 
 from __future__ import annotations

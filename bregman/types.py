@@ -138,6 +138,11 @@ class Trajectory:
     advantage: float | None = None
     fate: Fate | None = None
 
+    @property
+    def primary(self) -> float | None:
+        """The recipe's first reward, reported as accuracy; None before scoring, or when it failed."""
+        return next(iter(self.reward_parts.values()), None)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:

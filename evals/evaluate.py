@@ -32,11 +32,9 @@ def evaluate(
 
 
 def summarise(groups: Sequence[Group]) -> Evaluation:
-    """Means over all samples. The first reward part is the primary one; a sample whose reward failed counts as wrong."""
+    """Means over all samples. A sample whose primary reward failed counts as wrong."""
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    right = [[_primary(t) for t in group.trajectories] for group in groups]
-    names = dict.fromkeys(name for trajectory in trajectories for name in trajectory.reward_parts)
-    parts = {name: [t.reward_parts[name] for t in trajectories if t.reward_parts.get(name) is not None] for name in names}
+    right = [[t.primary or 0.0 for t in group.trajectories] for group in groups]
     return Evaluation(
         accuracy=fmean(score for scores in right for score in scores),
         pass_at_k=fmean(max(scores) >= 1.0 for scores in right),
@@ -44,9 +42,15 @@ def summarise(groups: Sequence[Group]) -> Evaluation:
         num_problems=len(groups),
         samples_per_problem=max(len(group.trajectories) for group in groups),
         truncated=fmean(t.finish_reason == "length" for t in trajectories),
-        metrics={name: fmean(values) for name, values in parts.items() if values},  # type: ignore[type-var]
+        metrics=part_means(trajectories),
     )
 
 
-def _primary(trajectory: Trajectory) -> float:
-    return next(iter(trajectory.reward_parts.values()), None) or 0.0
+def part_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean of every reward and metric over the trajectories to which it applied; those that applied to none are left out."""
+    means = {}
+    for name in dict.fromkeys(name for trajectory in trajectories for name in trajectory.reward_parts):
+        values = [value for trajectory in trajectories if (value := trajectory.reward_parts.get(name)) is not None]
+        if values:
+            means[name] = fmean(values)
+    return means

@@ -60,8 +60,7 @@ def _run_stage(context: Context, index: int, model: Path) -> None:
     started = time.monotonic()
     before = read_state(found[1])["seconds"] if found else 0.0
     saver = Saver(context, stage, stage_folder, started - before)
-    run_stage = {"sft": stages.run_sft, "rl": stages.run_rl, "eval": stages.run_eval}[stage.kind]
-    evaluation = run_stage(context, stage, model=model, checkpoint=found[1] if found else None, first=first, saver=saver)
+    evaluation = stages.run_stage(context, stage, model=model, checkpoint=found[1] if found else None, first=first, saver=saver)
     if not isinstance(stage, EvalStage):
         context.tracker.waiting_for("the export of the model")
         context.workers.learner.export(stage_folder / "model")

@@ -24,7 +24,19 @@ def total_steps(stage: Stage) -> int:
     return stage.steps if isinstance(stage, SFTStage) else stage.iterations if isinstance(stage, RLStage) else 1
 
 
-def run_sft(context: Context, stage: SFTStage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> Evaluation | None:
+def run_stage(context: Context, stage: Stage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> Evaluation | None:
+    """Run `stage` from `model`, or from `checkpoint`, after which step `first` is next. The evaluation it ended with, if it has one."""
+    match stage:
+        case SFTStage():
+            return _run_sft(context, stage, model=model, checkpoint=checkpoint, first=first, saver=saver)
+        case RLStage():
+            _run_rl(context, stage, model=model, checkpoint=checkpoint, first=first, saver=saver)
+            return None
+        case EvalStage():
+            return _run_eval(context, stage, model=model)
+
+
+def _run_sft(context: Context, stage: SFTStage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> Evaluation | None:
     """Supervised fine-tuning; with a gate, the evaluation that passed it."""
     context.tracker.waiting_for("the training data")
     sources = tokenised_sources(stage, context.base, context.tokenizer, context.recipe.seed, context.tracker.warn)
@@ -42,7 +54,7 @@ def run_sft(context: Context, stage: SFTStage, *, model: Path, checkpoint: Path 
     return gate.last if gate else None
 
 
-def run_rl(context: Context, stage: RLStage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> Evaluation | None:
+def _run_rl(context: Context, stage: RLStage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> None:
     """Reinforcement learning; the stage's own evaluations go to the metrics."""
     problems = context.problems(stage, stage.rollout.max_tokens)
     sampler, ledger = build_sampler(stage.sampler, problems, context.recipe.seed), SampleLedger()
@@ -70,10 +82,9 @@ def run_rl(context: Context, stage: RLStage, *, model: Path, checkpoint: Path | 
     )
     budget = context.recipe.learner.tokens_per_micro_batch
     rl.loop.train(stage, parts, seed=context.recipe.seed, tokens_per_micro_batch=budget, first=first, ledger=ledger)
-    return None
 
 
-def run_eval(context: Context, stage: EvalStage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> Evaluation:
+def _run_eval(context: Context, stage: EvalStage, *, model: Path) -> Evaluation:
     """Evaluation of the model that the previous stage left."""
     evaluator = context.evaluation(stage)
     context.tracker.waiting_for("the evaluation")

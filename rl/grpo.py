@@ -6,6 +6,7 @@ Owns that loss only; shows what adding an algorithm takes: a loss, its advantage
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def grpo_loss(
 
 def grpo_batch_loss(logprobs: Tensor, batch: PackedBatch, *, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo_loss` over a packed batch, as a `LossFunction`."""
-    reference = batch.reference_logprobs
+    reference = cast(Tensor, batch.reference_logprobs)  # filled in by Learner.begin_iteration
     value = grpo_loss(
         logprobs,
         reference,
@@ -46,9 +47,9 @@ def grpo_batch_loss(logprobs: Tensor, batch: PackedBatch, *, clip: float) -> tup
         batch.loss_mask,
         batch.boundaries,
         clip=clip,
-        normalizer=batch.normalizer,  # type: ignore[arg-type]
+        normalizer=batch.normalizer,
     )
-    return value, log_ratio_metrics(logprobs, reference, batch)  # type: ignore[arg-type]
+    return value, log_ratio_metrics(logprobs, reference, batch)
 
 
 def grpo_advantages(rewards: Sequence[float], *, scale: bool) -> list[float]:

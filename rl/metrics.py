@@ -5,11 +5,12 @@ Owns metric names and the look at the start policy; writing them is the tracker'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from bregman.protocols import Tracker
 from bregman.types import Group, StepStats
+from evals.evaluate import part_means
 from rl.batches import has_signal
 
 
@@ -18,19 +19,15 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     rewards = [t.reward for t in trajectories if t.reward is not None]
     lengths = [len(t.token_ids) for t in trajectories]
-    metrics = {
+    return {
         "reward/mean": fmean(rewards) if rewards else 0.0,
-        "accuracy": fmean(_primary(t.reward_parts) for t in trajectories),
+        "accuracy": fmean(t.primary or 0.0 for t in trajectories),
         "groups_with_signal": fmean(has_signal(group) for group in groups),
         "response_tokens/mean": fmean(lengths),
         "response_tokens/max": float(max(lengths)),
         "truncated": fmean(t.finish_reason == "length" for t in trajectories),
+        **{f"reward/{name}": mean for name, mean in part_means(trajectories).items()},
     }
-    for name in dict.fromkeys(name for t in trajectories for name in t.reward_parts):
-        values = [t.reward_parts[name] for t in trajectories if t.reward_parts.get(name) is not None]
-        if values:
-            metrics[f"reward/{name}"] = fmean(values)  # type: ignore[type-var]
-    return metrics
 
 
 def step_metrics(steps: Sequence[StepStats]) -> dict[str, float]:
@@ -58,7 +55,3 @@ def warn_without_signal(groups: Sequence[Group], iteration: int, tracker: Tracke
         tracker.warn(f"start policy: {look}; RL will learn slowly: use easier problems, more samples, or more SFT first")
     elif iteration == 0:
         tracker.note(f"start policy: {look}")
-
-
-def _primary(parts: Mapping[str, float | None]) -> float:
-    return next(iter(parts.values()), None) or 0.0

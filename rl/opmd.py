@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def sequence_sums(values: Tensor, boundaries: Tensor) -> Tensor:
 def opmd_batch_loss(logprobs: Tensor, batch: PackedBatch, *, tau: float, level: str) -> tuple[Tensor, dict[str, Tensor]]:
     """`opmd_loss` over a packed batch, as a `LossFunction`."""
     loss = opmd_loss if level == "sequence" else opmd_token_loss
-    reference = batch.reference_logprobs
+    reference = cast(Tensor, batch.reference_logprobs)  # filled in by Learner.begin_iteration
     value = loss(
         logprobs,
         reference,
@@ -79,9 +80,9 @@ def opmd_batch_loss(logprobs: Tensor, batch: PackedBatch, *, tau: float, level: 
         batch.loss_mask,
         batch.boundaries,
         tau=tau,
-        normalizer=batch.normalizer,  # type: ignore[arg-type]
+        normalizer=batch.normalizer,
     )
-    return value, log_ratio_metrics(logprobs, reference, batch)  # type: ignore[arg-type]
+    return value, log_ratio_metrics(logprobs, reference, batch)
 
 
 def log_ratio_metrics(logprobs: Tensor, reference_logprobs: Tensor, batch: PackedBatch) -> dict[str, Tensor]:

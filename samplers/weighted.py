@@ -60,14 +60,13 @@ class WeightedSampler:
         return chosen
 
     def observe(self, groups: Sequence[Group]) -> None:
-        """Count tries and successes of every scored trajectory, by its primary reward (the first reward part)."""
+        """Count tries and successes of every scored trajectory, by its primary reward."""
         for group in groups:
             for trajectory in group.trajectories:
-                primary = next(iter(trajectory.reward_parts.values()), None)
-                if primary is not None:
+                if trajectory.primary is not None:
                     key = group.problem.id
                     self._tries[key] = self._tries.get(key, 0) + 1
-                    self._successes[key] = self._successes.get(key, 0.0) + (primary >= 1.0)
+                    self._successes[key] = self._successes.get(key, 0.0) + (trajectory.primary >= 1.0)
 
     def success_rate(self, problem_id: str) -> float:
         """s_i in [0, 1]; 0 for a problem not yet tried."""

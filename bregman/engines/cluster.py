@@ -108,7 +108,7 @@ def wait(refs: Sequence[Any], *, what: str, timeout: float) -> list[Any]:
 def log_folder() -> str:
     """Where Ray keeps the output of the workers."""
     try:
-        return f"{ray._private.worker._global_node.get_logs_dir_path()}"
+        return str(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[union-attr,attr-defined]
     except AttributeError:
         return "the logs of the Ray session"
 

@@ -79,9 +79,7 @@ def _flash(
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     window = (sliding_window - 1 if sliding_window else -1, 0)
     gqa = query.shape[1] != key.shape[1]
-    output = varlen_attn(
-        query, key, value, boundaries, boundaries, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa
-    )
+    output = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa)
     assert isinstance(output, torch.Tensor)
     return output[None]
 
@@ -93,9 +91,7 @@ def _one_by_one(
     layer with 4 heads of 32 take 33 ms against 37-42 for 273 sequences of 20-40 tokens, 11 against 14-17 for 48 of 30-80."""
     gqa = query.shape[1] != key.shape[1]
     outputs = [
-        scaled_dot_product_attention(
-            q, k, v, **_causal(q.shape[2], sliding_window, q.device), scale=scaling, enable_gqa=gqa
-        )
+        scaled_dot_product_attention(q, k, v, **_causal(q.shape[2], sliding_window, q.device), scale=scaling, enable_gqa=gqa)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat([output.transpose(1, 2) for output in outputs], 1)

@@ -17,7 +17,7 @@ from recipes.models import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-pytestmark = pytest.mark.slow  # TRL takes a while to import
+pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from recipes import cli
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
 
-TASK = '''
+TASK = """
 def problems(*, seed, count=4):
     for i in range(count):
         yield {"prompt": f"{i}+1", "answer": str(i + 1), "difficulty": i / 10}
@@ -40,7 +40,7 @@ def hangs(prompts, completions, **columns):
 
 def short(prompts, completions, **columns):
     return []
-'''
+"""
 
 
 def source(function: str, **args):

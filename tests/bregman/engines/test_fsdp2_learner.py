@@ -79,9 +79,7 @@ def test_neither_micro_batches_nor_sharding_change_a_step(
 
 def test_order_of_sequences_does_not_matter(model: Path) -> None:
     sequences = make_sequences()
-    stats = [
-        learner(model).step(pack(order, token_budget=45, normalizer=7.0), policy_loss, RATE) for order in (sequences, sequences[::-1])
-    ]
+    stats = [learner(model).step(pack(order, token_budget=45, normalizer=7.0), policy_loss, RATE) for order in (sequences, sequences[::-1])]
     assert stats[0].loss == pytest.approx(stats[1].loss, rel=1e-5)
     assert stats[0].grad_norm == pytest.approx(stats[1].grad_norm, rel=1e-5)
 

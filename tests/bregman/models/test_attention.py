@@ -90,7 +90,8 @@ def test_token_logprobs_of_uniform_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"cu_seq_lens_q": None}, {"attention_mask": torch.ones(1)}, {"softcap": 30.0}, {"is_causal": False}, {"s_aux": torch.ones(2)}]
+    "change",
+    [{"cu_seq_lens_q": None}, {"attention_mask": torch.ones(1)}, {"softcap": 30.0}, {"is_causal": False}, {"s_aux": torch.ones(2)}],
 )
 def test_what_it_cannot_compute_is_refused(change: dict) -> None:
     tensor = torch.randn(1, 2, 4, 8)
