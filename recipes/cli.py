@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write report.html of a run anew and print its table")
     report.add_argument("run", type=Path, help="run folder")
+    report.add_argument("--figure", type=Path, help="also write the learning curve as an SVG file")
     report.set_defaults(command=_report)
 
     export = commands.add_parser("export", help="copy the model that a stage left, in Hugging Face format")
@@ -110,12 +111,15 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from bregman.tracking.charts import write_learning_curve
     from bregman.tracking.console import print_summary
     from bregman.tracking.report import write_report
 
     if not (options.run / "recipe.resolved.yaml").exists():
         raise UserError(str(options.run), "not a run folder (no recipe.resolved.yaml)", "give the `output_dir` of a recipe")
     report = write_report(options.run)
+    if options.figure:
+        write_learning_curve(options.run, options.figure)
     print_summary(options.run)
     print(f"report: {report}")
 

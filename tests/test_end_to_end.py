@@ -33,13 +33,13 @@ def run(output: Path, *overrides: str, timeout: float = 400) -> str:
 def test_sft_long_cot_and_opmd_raise_held_out_accuracy(tmp_path):
     output = run(tmp_path / "run", "stages.rl.iterations=10", "stages.rl.evaluation=null")
     summary = {row["name"]: row for row in json.loads((tmp_path / "run" / "summary.json").read_text())}
-    joint, long_cot, rl = (summary[name]["accuracy"] for name in ("eval_joint", "eval_long_cot", "eval_rl"))
+    joint, long_cot, rl = (summary[name]["accuracy"] for name in ("after_joint_sft", "after_long_cot_sft", "after_rl"))
     assert long_cot <= 0.45
     assert rl >= long_cot + 0.25
     assert joint < rl
-    assert summary["eval_rl"]["mean_tokens"] > summary["eval_long_cot"]["mean_tokens"]
-    assert summary["eval_rl"]["metrics"]["gave_up"] < summary["eval_long_cot"]["metrics"]["gave_up"]
-    assert summary["eval_rl"]["num_problems"] == 256
+    assert summary["after_rl"]["mean_tokens"] > summary["after_long_cot_sft"]["mean_tokens"]
+    assert summary["after_rl"]["metrics"]["gave_up"] < summary["after_long_cot_sft"]["metrics"]["gave_up"]
+    assert summary["after_rl"]["num_problems"] == 256
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     iterations = [row for row in rows if row["stage"] == "rl"]
