@@ -52,6 +52,8 @@ def start(config: ClusterConfig) -> None:
             "num_cpus": max(os.cpu_count() or 1, workers),  # workers mostly take turns; threads, not slots, guard the cores
             "include_dashboard": False,
             "object_store_memory": 256 * 2**20,
+            # Every worker here has an environment of its own, so workers started in advance would never be used.
+            "_system_config": {"prestart_worker_first_driver": False, "enable_worker_prestart": False},
         }
         _listen_on_loopback_only()
         # Its one message here: that token authentication is on, which is what we want.
