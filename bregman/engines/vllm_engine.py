@@ -196,13 +196,18 @@ def check_fits(request: GenerationRequest, max_model_len: int, what: str) -> Non
 def _start(model: str, config: EngineConfig, seed: int, tensor_parallel: int) -> LLMEngine:
     from vllm import EngineArgs, LLMEngine
     from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
 
+    # A partial prefill rewinds the request's random generator, which on a CPU is an error ("CPU Generator does not use offset", vLLM 0.32):
+    # prompts are prefilled whole there.
+    chunked_prefill = not current_platform.is_cpu()
     arguments: dict[str, Any] = {
         "model": model,
         "dtype": config.dtype,
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": max(config.max_num_batched_tokens, config.max_num_seqs),
+        "max_num_batched_tokens": max(config.max_num_batched_tokens, config.max_num_seqs, config.max_model_len),
+        "enable_chunked_prefill": chunked_prefill,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
         "seed": seed,

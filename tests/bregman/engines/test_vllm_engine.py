@@ -22,7 +22,8 @@ from bregman.errors import ClusterError, RecipeError, UserError
 from bregman.types import Problem, Segment
 
 END = 3
-ENGINE = EngineConfig(max_model_len=192, max_num_seqs=64, kv_cache_mib=16)
+# Small on purpose: 64 cache blocks of 128 tokens, and prefills of at most 512 tokens at once.
+ENGINE = EngineConfig(max_model_len=192, max_num_seqs=64, kv_cache_mib=4, max_num_batched_tokens=512)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,16 @@ def test_every_response_has_its_own_repeatable_stream(workers):
     assert len(set(responses)) == len(responses)
     other = workers.rollout(problems(), sampling, seed=2)
     assert not {t.token_ids for group in other for t in group.trajectories} & set(responses)
+
+
+@pytest.mark.parametrize(("prompt_tokens", "max_tokens"), [(100, 10), (10, 170)], ids=["prefill budget exceeded", "cache too small for all"])
+def test_seeded_responses_survive_a_crowded_engine(workers, prompt_tokens, max_tokens):
+    """vLLM on a CPU cannot prefill part of a seeded request, which happens when prompts or preempted responses exceed a budget."""
+    crowd = [Problem(id=f"c{i}", messages=(), prompt_ids=tuple(4 + (i + j) % 60 for j in range(prompt_tokens))) for i in range(64)]
+    sampling = SamplingConfig(num_samples=2, max_tokens=max_tokens)
+    groups = workers.rollout(crowd, sampling, seed=1)
+    assert sum(len(group.trajectories) for group in groups) == 128
+    assert workers.rollout(crowd, sampling, seed=1) == groups
 
 
 def test_a_problem_drawn_twice_gets_other_samples(workers):
