@@ -1,7 +1,7 @@
 """The worker groups of a run, started once and shared by its stages.
 
-Owns when they start and end. Engine, learner and reward workers come up side by side while the driver reads data; each is waited for
-only when it is first needed.
+Owns when they start and end. On a cluster all groups come up side by side while the driver reads data. On one machine, where they
+would fight for the cores, each starts when it is first needed, and vLLM as soon as the learner is up: it loads while SFT trains.
 """
 
 from __future__ import annotations
@@ -28,35 +28,46 @@ class Workers:
     """
 
     def __init__(self, recipe: Recipe, model: Path, tokenizer: Any, tracker: Tracker, *, learner: bool = True, engine: bool = True) -> None:
-        self._recipe, self._tracker = recipe, tracker
+        self._recipe, self._model, self._tokenizer, self._tracker = recipe, model, tokenizer, tracker
+        self._needs_engine = engine
         tracker.waiting_for("the Ray cluster")
         cluster.start(recipe.cluster)
         self._learner = LearnerWorkers.start(recipe.learner, recipe.cluster) if learner else None
-        self._engine = (
-            RolloutWorkers.start(model, recipe.engine, recipe.cluster, tokenizer=tokenizer, stop_token_ids=end_token_ids(tokenizer))
-            if engine
-            else None
-        )
-        self._rewards = RewardWorkers.start(recipe.cluster)
+        self._engine: RolloutWorkers | None = None
+        self._rewards: RewardWorkers | None = None
+        if recipe.cluster.address != "local":
+            self._start_engine()
 
     @cached_property
     def learner(self) -> LearnerWorkers:
         assert self._learner is not None, "this run was started without a learner"
         self._tracker.waiting_for("the learner workers to start")
         self._learner.ready()
+        self._start_engine()
         return self._learner
 
     @cached_property
     def engine(self) -> RolloutWorkers:
+        self._start_engine()
         assert self._engine is not None, "this run was started without rollout workers"
         self._tracker.waiting_for("the rollout workers (vLLM) to start")
         self._engine.ready()
-        self._engine.on_note = self._tracker.warn
         return self._engine
 
-    @property
+    @cached_property
     def rewards(self) -> RewardWorkers:
+        self._tracker.waiting_for("the reward workers to start")
+        self._rewards = RewardWorkers.start(self._recipe.cluster)
         return self._rewards
+
+    def _start_engine(self) -> None:
+        if self._needs_engine and self._engine is None:
+            stop = end_token_ids(self._tokenizer)
+            cluster_config = self._recipe.cluster
+            self._engine = RolloutWorkers.start(
+                self._model, self._recipe.engine, cluster_config, tokenizer=self._tokenizer, stop_token_ids=stop
+            )
+            self._engine.on_note = self._tracker.warn
 
     def close(self) -> None:
         for group in (self._learner, self._engine, self._rewards):
