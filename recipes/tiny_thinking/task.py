@@ -121,18 +121,15 @@ def _problem(puzzle: Puzzle) -> dict[str, Any]:
 # --- supervised data --------------------------------------------------------------------------------------------------------
 
 
-def joint_sft(
-    *, seed: int, count: int, direct: float = 0.1, arithmetic: float = 0.4, attempts: float = 0.35, tables: float = 0.15
-) -> Iterator[dict[str, Any]]:
-    """`count` conversations of four kinds with the given weights.
+def joint_sft(*, seed: int, count: int, direct: float = 0.1, arithmetic: float = 0.45, attempts: float = 0.45) -> Iterator[dict[str, Any]]:
+    """`count` conversations, each direct, arithmetic or attempts with the given weights.
 
     direct: a training puzzle answered at once. arithmetic: a worksheet of eight single steps. attempts: a worksheet of four
-    attempt lines, of which half are made to hit their target. tables: all nine attempts at a training puzzle, in cyclic order
-    from a random start; it teaches to keep to digits and target over the length of a search, not when to stop.
+    attempt lines, of which half are made to hit their target.
     """
     rng = random.Random(seed)
-    makers = {"direct": _direct, "arithmetic": _arithmetic, "attempts": _attempts, "tables": _table}
-    for source in rng.choices(list(makers), (direct, arithmetic, attempts, tables), k=count):
+    makers = {"direct": _direct, "arithmetic": _arithmetic, "attempts": _attempts}
+    for source in rng.choices(list(makers), (direct, arithmetic, attempts), k=count):
         yield _conversation(*makers[source](rng), source)
 
 
@@ -155,8 +152,9 @@ def demonstration(puzzle: Puzzle, give_up: float, rng: random.Random) -> str:
     It ends at the first hit, which it claims; or, with probability `give_up` after each failed attempt, with `?` and a guess:
     it settles for its last attempt.
     """
+    start = rng.randrange(len(CHOICES))
     lines: list[str] = []
-    for choice in _cyclic(rng):
+    for choice in CHOICES[start:] + CHOICES[:start]:
         lines.append(attempt(puzzle.digits, choice, puzzle.target))
         hit = choice in puzzle.solutions
         if hit or rng.random() < give_up:
@@ -186,18 +184,6 @@ def _attempts(rng: random.Random) -> tuple[str, str]:
             lines.append((digits, choice, target))
     asked = "\n".join(f"{expression(digits, choice)}={target}" for digits, choice, target in lines)
     return asked, "\n".join(attempt(*line) for line in lines)
-
-
-def _table(rng: random.Random) -> tuple[str, str]:
-    puzzle = rng.choice(split()[1])
-    lines = [attempt(puzzle.digits, choice, puzzle.target) for choice in _cyclic(rng)]
-    return puzzle.question.removesuffix("?"), "\n".join(lines)
-
-
-def _cyclic(rng: random.Random) -> tuple[str, ...]:
-    """`CHOICES` from a random start."""
-    start = rng.randrange(len(CHOICES))
-    return CHOICES[start:] + CHOICES[:start]
 
 
 def _conversation(user: str, assistant: str, source: str) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def test_a_search_to_the_end_always_succeeds(persistent: float, give_up: float) 
 
 
 def test_direct_answers_are_right() -> None:
-    for row in task.joint_sft(seed=1, count=500, arithmetic=0.0, attempts=0.0, tables=0.0):
+    for row in task.joint_sft(seed=1, count=500, arithmetic=0.0, attempts=0.0):
         question, answer = (message["content"] for message in row["messages"])
         assert row["source"] == "direct"
         assert _score("operator_search", answer, question[:3], int(question[4])) == 1.0
@@ -159,7 +159,7 @@ def test_direct_answers_are_right() -> None:
 
 def test_worksheets_are_right() -> None:
     hits = lines = 0
-    for row in task.joint_sft(seed=1, count=2_000, direct=0.0, tables=0.0):
+    for row in task.joint_sft(seed=1, count=2_000, direct=0.0):
         asked, answered = (message["content"].split("\n") for message in row["messages"])
         for question, line in zip(asked, answered, strict=True):
             if row["source"] == "arithmetic":
@@ -172,21 +172,12 @@ def test_worksheets_are_right() -> None:
     assert 0.5 < hits / lines < 0.6  # made to hit, or by chance
 
 
-def test_tables_hold_every_attempt_in_cyclic_order() -> None:
-    for row in task.joint_sft(seed=1, count=200, direct=0.0, arithmetic=0.0, attempts=0.0):
-        question, answer = (message["content"] for message in row["messages"])
-        digits, target = re.fullmatch(r"(\d{3})=(\d)", question).groups()  # type: ignore[union-attr]
-        order = [task.CHOICES.index(line[1] + line[5]) for line in answer.split("\n")]
-        assert order == [(order[0] + step) % 9 for step in range(9)]
-        assert answer.split("\n") == [task.attempt(digits, task.CHOICES[index], int(target)) for index in order]
-
-
 def test_held_out_puzzles_occur_in_no_training_row(demonstrations: list[dict[str, Any]]) -> None:
     held_out = {problem["id"] for problem in task.held_out_problems()}
     assert len(held_out) == 256
     seen = {problem["id"] for problem in task.train_problems(seed=0)}
     joint = list(task.joint_sft(seed=5, count=40_000))
-    assert {row["source"] for row in joint} == {"direct", "arithmetic", "attempts", "tables"}
+    assert {row["source"] for row in joint} == {"direct", "arithmetic", "attempts"}
     for row in [*joint, *demonstrations]:
         text = "\n".join(message["content"] for message in row["messages"])
         seen |= {f"{digits}={target}?" for digits, target in re.findall(r"(\d{3})=(\d)\?", text)}
