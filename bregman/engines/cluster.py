@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.services import find_gcs_addresses
+from ray._private.utils import read_ray_address
 
 from bregman.engines.config import ClusterConfig
 from bregman.errors import ClusterError, UserError
@@ -59,13 +62,31 @@ def start(config: ClusterConfig) -> None:
         # Its one message here: that token authentication is on, which is what we want.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
+        _require_answer(config.address)
         ray.init(address=config.address, **options)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"cluster.address ({config.address})",
             f"no Ray cluster could be started or joined ({_first_line(error)})",
             "use `local`, or start one with `ray start --head` and give its address",
         ) from error
+
+
+def _require_answer(address: str) -> None:
+    """Fail at once where nothing listens at `address`; Ray itself would try for minutes.
+
+    Raises:
+        OSError: no connection within 10 s.
+    """
+    if address == "local":
+        return
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or read_ray_address() or next(iter(find_gcs_addresses()), "")
+        if address.startswith("127."):  # a local cluster like ours, which answers on loopback only
+            _listen_on_loopback_only()
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _listen_on_loopback_only() -> None:
