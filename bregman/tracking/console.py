@@ -98,7 +98,6 @@ class Console:
             self._total, self._done = total_steps, first_step
             self._metrics.clear()
             self._history.clear()
-            self._history.append((time.monotonic(), first_step))
             self._next_line = 0.0
         resumed = f", goes on after {first_step}" if first_step else ""
         length = f": {total_steps} {self._unit}s" if total_steps > 1 else ""
@@ -109,13 +108,13 @@ class Console:
         """A step (from 0) has finished."""
         now = time.monotonic()
         with self._lock:
+            if self._live is None:  # a line shows what its step measured; the live view the latest of everything
+                self._metrics = {name: value for name, value in self._metrics.items() if not name.startswith("eval/")}
             self._metrics |= metrics
             self._waiting = ""
             self._done = step + 1
-            if self._history and self._history[-1][1] < self._done:
+            if not self._history or self._history[-1][1] < self._done:
                 self._history.append((now, self._done))
-            if len(self._history) == 4:
-                self._history.popleft()  # the start of the stage: it counts the loading of models and data
             due = now >= self._next_line or self._done == self._total or any(name.startswith("eval/") for name in metrics)
             if self._live is not None or not due:
                 return
