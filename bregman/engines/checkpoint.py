@@ -66,7 +66,7 @@ def export(folder: Path, model: Any, weights: Mapping[str, torch.Tensor], source
     """
     with _explained(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:
             model.save_pretrained(aside, state_dict=dict(weights))
             for name in companions:
@@ -83,7 +83,7 @@ def _replace(aside: Path, folder: Path) -> None:
     if not folder.exists():
         aside.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", suffix=".part", dir=folder.parent))
     folder.rename(old / folder.name)
     aside.rename(folder)
     shutil.rmtree(old)

@@ -38,7 +38,7 @@ def make_tiny_qwen3(config: TinyQwen3Config, seed: int, folder: Path) -> None:
     aside: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         _write(config, seed, aside)
         aside.chmod(0o755)  # mkdtemp makes it private
         os.replace(aside, folder)
