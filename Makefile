@@ -29,6 +29,7 @@ bench: setup
 	$(RUN)/python benchmarks/rollout_worker.py
 	$(RUN)/python benchmarks/weight_sync.py
 	$(RUN)/python benchmarks/rl_step.py
+	$(RUN)/python benchmarks/reward_workers.py
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache .mypy_cache

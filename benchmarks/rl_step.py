@@ -244,6 +244,7 @@ def bregman_steps(
     """A function that runs iteration i of Bregman's own RL loop, which starts from `model`."""
     import rl.loop
     from bregman.tracking.ledger import SampleLedger
+    from rl.hacking_watch import HackingWatch
 
     workers.learner.begin_stage(model, config.optimizer)
     parts = rl.loop.Parts(
@@ -255,12 +256,12 @@ def bregman_steps(
         save=lambda step, state: None,
         evaluate=lambda step: {},
     )
-    ledger = SampleLedger()
+    ledger, watch = SampleLedger(), HackingWatch(config.rewards)
 
     def step(iteration: int) -> Step:
         started = time.perf_counter()
         only_this = config.model_copy(update={"iterations": iteration + 1})
-        rl.loop.train(only_this, parts, seed=0, tokens_per_micro_batch=4096, first=iteration, ledger=ledger)
+        rl.loop.train(only_this, parts, seed=0, tokens_per_micro_batch=4096, first=iteration, ledger=ledger, watch=watch)
         seconds = time.perf_counter() - started
         if tracker.metrics["optimizer_steps"] != 1 or tracker.metrics["groups_with_signal"] != 1:
             raise RuntimeError(f"iteration {iteration} did not train on every response: {dict(tracker.metrics)}")

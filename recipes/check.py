@@ -22,6 +22,7 @@ from recipes.models import recipe_tokenizer
 from recipes.schema import Recipe, RLStage, SFTStage
 from rewards.config import RewardsConfig
 from rewards.pool import RewardPool
+from rewards.sandbox import isolation
 from rewards.scorer import Scorer
 from rl.config import OPMDConfig
 from samplers.build import build_sampler
@@ -155,6 +156,8 @@ def _check_rewards(rewards: RewardsConfig, problem: Problem, base: Path) -> None
     what = "the gold answer" if problem.answer else "an empty completion"
     parts = ", ".join(f"{name} = {'not applicable' if value is None else f'{value:g}'}" for name, value in result.reward_parts.items())
     print(f"  rewards on {what} of problem {problem.id}: {parts}")
+    if any(config.function == "code" for config in rewards.functions):
+        print(f"  programs run in: {isolation()}")
 
 
 def _indent(text: str, by: str = "    ") -> str:

@@ -1,4 +1,4 @@
-"""The command `bregman`: run, check, show, eval, report, export.
+"""The command `bregman`: run, check, show, eval, report, export, rewards.
 
 Owns arguments and how errors are shown: a `UserError` as one line, anything else as a traceback. Heavy libraries are imported by the
 commands that need them.
@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--stage", help="which stage; default: the last finished one with a model")
     export.add_argument("--to", type=Path, required=True, help="folder to make")
     export.set_defaults(command=_export)
+
+    from recipes.reward_commands import add_commands
+
+    add_commands(commands)
     return parser
 
 

@@ -64,6 +64,7 @@ def _run_stage(context: Context, index: int, model: Path) -> None:
     if not isinstance(stage, EvalStage):
         context.tracker.waiting_for("the export of the model")
         context.workers.learner.export(stage_folder / "model")
+    context.workers.end_stage()
     seconds = time.monotonic() - started + before
     context.tracker.end_stage(seconds, evaluation)
     write_json(stage_folder / "done.json", {"name": stage.name, "kind": stage.kind, "seconds": seconds})

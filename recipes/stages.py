@@ -17,6 +17,7 @@ from bregman.types import Evaluation
 from recipes.context import Context, Saver, read_state
 from recipes.examples import tokenised_sources
 from recipes.schema import EvalStage, RLStage, SFTStage, Stage
+from rl.hacking_watch import HackingWatch
 from samplers.build import build_sampler
 
 
@@ -57,7 +58,7 @@ def _run_sft(context: Context, stage: SFTStage, *, model: Path, checkpoint: Path
 def _run_rl(context: Context, stage: RLStage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> None:
     """Reinforcement learning; the stage's own evaluations go to the metrics."""
     problems = context.problems(stage, stage.rollout.max_tokens)
-    sampler, ledger = build_sampler(stage.sampler, problems, context.recipe.seed), SampleLedger()
+    sampler, ledger, watch = build_sampler(stage.sampler, problems, context.recipe.seed), SampleLedger(), HackingWatch(stage.rewards)
     learner = context.workers.learner
     learner.begin_stage(model, stage.optimizer, keep_fixed_reference=stage.kl_coefficient > 0)
     if checkpoint is not None:
@@ -65,6 +66,7 @@ def _run_rl(context: Context, stage: RLStage, *, model: Path, checkpoint: Path |
         state = read_state(checkpoint)
         sampler.load_state_dict(state["sampler"])
         ledger.load_state_dict(state["ledger"])
+        watch.load_state_dict(state["watch"])
     evaluator = context.evaluation(stage.evaluation) if stage.evaluation else None
 
     def evaluate(iteration: int) -> Mapping[str, float]:
@@ -81,7 +83,7 @@ def _run_rl(context: Context, stage: RLStage, *, model: Path, checkpoint: Path |
         evaluate=evaluate,
     )
     budget = context.recipe.learner.tokens_per_micro_batch
-    rl.loop.train(stage, parts, seed=context.recipe.seed, tokens_per_micro_batch=budget, first=first, ledger=ledger)
+    rl.loop.train(stage, parts, seed=context.recipe.seed, tokens_per_micro_batch=budget, first=first, ledger=ledger, watch=watch)
 
 
 def _run_eval(context: Context, stage: EvalStage, *, model: Path) -> Evaluation:

@@ -60,6 +60,11 @@ class Workers:
         self._rewards = RewardWorkers.start(self._recipe.cluster)
         return self._rewards
 
+    def end_stage(self) -> None:
+        """Give back what only the finished stage needed."""
+        if self._rewards is not None:
+            self._rewards.release()
+
     def _start_engine(self) -> None:
         if self._needs_engine and self._engine is None:
             stop = end_token_ids(self._tokenizer)

@@ -118,7 +118,7 @@ def call_reward(
         raise BadResult(f"returned {_shown(result)}, expected a list of {len(samples)} scores")
     if len(result) != len(samples):
         raise BadResult(f"returned {len(result)} scores for {len(samples)} samples")
-    return [_checked(value) for value in result]
+    return [checked(value) for value in result]
 
 
 async def _finish(result: Any) -> Any:
@@ -129,7 +129,8 @@ def _ignore(*_: Any, **__: Any) -> None:
     """Stands in for TRL's logging callbacks."""
 
 
-def _checked(value: Any) -> Outcome:
+def checked(value: Any) -> Outcome:
+    """What a function returned for one sample, as a score, None or a `Failure`."""
     if value is None:
         return None
     if isinstance(value, str | bytes):  # float("1") would pass

@@ -18,6 +18,7 @@ class RewardConfig(Config):
     function: str = Field(description="built-in name (exact_answer, math, think_format), `path.py:name`, or entry point")
     name: str = Field("", description="column in metrics and rollouts; the function's name if empty")
     weight: float = Field(1.0, description="share in the total reward; 0 logs it as a metric only")
+    second_opinion: bool = Field(False, description="judges what the first reward judges; how often the two agree is watched")
     args: dict[str, Any] = Field(default_factory=dict, description="passed to the function as keyword arguments")
     timeout: PositiveFloat = Field(10.0, description="seconds for one call before its process is killed")
     load_timeout: PositiveFloat = Field(120.0, description="seconds for importing the function")

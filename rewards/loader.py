@@ -23,8 +23,13 @@ from bregman.errors import RewardError
 ENTRY_POINT_GROUP = "bregman.rewards"
 
 BUILT_IN = {
+    "code": "rewards.code_tests:code",
+    "choice": "rewards.choice:choice",
     "exact_answer": "rewards.exact:exact_answer",
+    "judge": "rewards.judge:judge",
     "math": "rewards.math_answer:math_answer",
+    "overlong_penalty": "rewards.overlong:overlong_penalty",
+    "repetition_penalty": "rewards.repetition:repetition_penalty",
     "think_format": "rewards.think_format:think_format",
 }
 

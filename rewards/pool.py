@@ -7,8 +7,9 @@ does to a sample's total reward is `rewards.scorer`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,6 +21,9 @@ from rewards.call import RESERVED, Failure, Outcome, Parameters, Sample
 from rewards.config import RewardConfig, RewardsConfig
 from rewards.process import CallFailed, RewardProcess
 
+Observer = Callable[[int, int, float], None]
+"""`observe(function, samples, seconds)`: a call of the function at that index took so long, whether it gave scores or failed."""
+
 
 class RewardPool:
     """The reward functions of a stage, each with `rewards.processes` processes of its own.
@@ -29,11 +33,15 @@ class RewardPool:
     Args:
         rewards: the functions and their limits.
         base_folder: the folder of the recipe; where relative paths start, and the working folder of the processes.
+        observe: told of every call, from several threads.
     """
 
-    def __init__(self, rewards: RewardsConfig, base_folder: Path) -> None:
+    def __init__(self, rewards: RewardsConfig, base_folder: Path, observe: Observer | None = None) -> None:
         self._rewards = rewards
-        self._functions = [_Function(config, rewards, base_folder.resolve()) for config in rewards.functions]
+        self._functions = [
+            _Function(config, rewards, base_folder.resolve(), partial(observe, index) if observe else None)
+            for index, config in enumerate(rewards.functions)
+        ]
 
     def load(self) -> None:
         """Import every function now.
@@ -96,8 +104,10 @@ class RewardPool:
 class _Function:
     """One reward function and its processes."""
 
-    def __init__(self, config: RewardConfig, rewards: RewardsConfig, base_folder: Path) -> None:
-        self.config = config
+    def __init__(
+        self, config: RewardConfig, rewards: RewardsConfig, base_folder: Path, observe: Callable[[int, float], None] | None
+    ) -> None:
+        self.config, self._observe = config, observe
         self.batch = config.batch
         self._total_timeout = rewards.total_timeout
         self._all = [RewardProcess(config, base_folder, rewards.memory_gib) for _ in range(rewards.processes)]
@@ -144,6 +154,7 @@ class _Function:
             raise CallFailed("not scored: the run was interrupted")
         if left <= 0:
             raise CallFailed(f"not scored: {ran_out}")
+        started = time.monotonic()
         try:
             return process.call(samples, min(self.config.timeout, left))
         except CallFailed as failed:
@@ -152,6 +163,9 @@ class _Function:
             raise
         except (RewardError, OSError) as error:  # it loaded before, when the pool started: no reason to end the run
             raise CallFailed(f"its process could not be started again ({error})") from None
+        finally:
+            if self._observe is not None:
+                self._observe(len(samples), time.monotonic() - started)
 
     def interrupt(self) -> None:
         for process in self._all:

@@ -102,8 +102,8 @@ def part_names(rewards: RewardsConfig) -> list[str]:
 def samples_of(groups: Sequence[Group]) -> list[Sample]:
     """What reward functions see, for every finished response in order.
 
-    The gold answer is the column `answer` unless the data has one of that name. Every sample gets every column of the batch, so
-    that which columns a function sees does not depend on how the batch is split.
+    The gold answer is the column `answer` unless the data has one of that name; a problem's images are the column `images`. Every
+    sample gets every column of the batch, so that which columns a function sees does not depend on how the batch is split.
     """
     columns = dict.fromkeys(key for group in groups for key in _row(group.problem))
     return [
@@ -124,4 +124,5 @@ def samples_of(groups: Sequence[Group]) -> list[Sample]:
 
 def _row(problem: Problem) -> dict[str, Any]:
     answer = {} if problem.answer is None else {"answer": problem.answer}
-    return answer | dict(problem.columns)
+    images = {"images": list(problem.images)} if problem.images else {}
+    return answer | dict(problem.columns) | images

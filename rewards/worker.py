@@ -25,6 +25,7 @@ from typing import Any
 from bregman.errors import RewardError
 from rewards.call import BadResult, Failure, Outcome, Parameters, call_reward, parameters_of
 from rewards.loader import describe, load
+from rewards.sample import call_each, is_single_sample, sample_parameters
 
 
 def main() -> None:
@@ -56,6 +57,8 @@ def _load(name: str, base_folder: Path, args: Mapping[str, Any]) -> tuple[Callab
     if place.endswith(".py"):
         sys.path.append(str((base_folder / place).resolve().parent))  # a plugin may import the files beside it
     function = load(name, base_folder)
+    if is_single_sample(function):
+        return function, sample_parameters(function, args)
     parameters = parameters_of(function, args)
     unknown = [key for key in args if not parameters.accepts(key)]
     if unknown:
@@ -73,7 +76,11 @@ def _serve(
         except (EOFError, ConnectionError):
             return
         try:
-            outcomes = call_reward(function, pickle.loads(request), args, parameters, loop)
+            samples = pickle.loads(request)
+            if is_single_sample(function):
+                outcomes = call_each(function, samples, args, file, loop)
+            else:
+                outcomes = call_reward(function, samples, args, parameters, loop)
             answer: dict[str, Any] = {"outcomes": [_encode(outcome) for outcome in outcomes]}
         except BadResult as error:
             answer = {"failure": str(error)}

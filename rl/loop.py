@@ -18,6 +18,7 @@ from rewards.length_reward import add_length_reward
 from rl.algorithms import build_algorithm
 from rl.batches import assign_advantages, has_signal, minibatches
 from rl.config import RLConfig
+from rl.hacking_watch import HackingWatch
 from rl.metrics import group_metrics, step_metrics, warn_without_signal
 from rl.parity import logprob_difference, require_parity
 
@@ -36,8 +37,20 @@ class Parts:
     evaluate: Callable[[int], Mapping[str, float]]
 
 
-def train(config: RLConfig, parts: Parts, *, seed: int, tokens_per_micro_batch: int, first: int = 0, ledger: SampleLedger) -> None:
+def train(
+    config: RLConfig,
+    parts: Parts,
+    *,
+    seed: int,
+    tokens_per_micro_batch: int,
+    first: int = 0,
+    ledger: SampleLedger,
+    watch: HackingWatch,
+) -> None:
     """Run iterations `first .. config.iterations - 1`. The learner starts with the policy to train, and ends with the trained one.
+
+    Args:
+        ledger, watch: as the iterations before `first` left them.
 
     Raises:
         ParityError: engine and learner disagree after a weight sync.
@@ -79,9 +92,11 @@ def train(config: RLConfig, parts: Parts, *, seed: int, tokens_per_micro_batch: 
             steps = [learner.step(batch, loss, config.optimizer.learning_rate) for batch in batches] if signal else []
         tracker.rollouts(iteration, groups)
         counts = ledger.record(groups, expected=config.num_problems * config.rollout.num_samples)
-        tracker.log(iteration, {**group_metrics(groups), **step_metrics(steps), **parity, **evaluation, **counts, **timer.metrics(groups)})
+        watched = watch.observe(groups, iteration, tracker.warn)
+        measured = {**group_metrics(groups), **step_metrics(steps), **watched, **parity, **evaluation, **counts}
+        tracker.log(iteration, {**measured, **timer.metrics(groups)})
         warn_without_signal(groups, iteration, tracker)
-        parts.save(iteration + 1, {"sampler": parts.sampler.state_dict(), "ledger": ledger.state_dict()})
+        parts.save(iteration + 1, {"sampler": parts.sampler.state_dict(), "ledger": ledger.state_dict(), "watch": watch.state_dict()})
 
 
 def iteration_seed(seed: int, iteration: int) -> int:

@@ -102,6 +102,7 @@ class TestResume:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
 
-    def _steps(self, folder: Path) -> list[tuple[str, int]]:
+    def _steps(self, folder: Path) -> list[tuple[str, int, dict[str, float]]]:
+        """Stage and step of every row, and what the reward hacking watch, which remembers earlier iterations, said of it."""
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [(row["stage"], row["step"]) for row in rows]
+        return [(row["stage"], row["step"], {name: value for name, value in row.items() if name.startswith("watch/")}) for row in rows]

@@ -42,11 +42,10 @@ class RewardHost:
         """Outcomes as `[function][sample]`."""
         return self._pool(rewards, base_folder).run(samples)
 
-    def release(self, rewards: RewardsConfig, base_folder: Path) -> None:
-        """End the processes of the set."""
-        pool = self._pools.pop(_key(rewards, base_folder), None)
-        if pool is not None:
-            pool.close()
+    def release(self) -> None:
+        """End the processes of all sets; one that is asked for again starts anew."""
+        while self._pools:
+            self._pools.popitem()[1].close()
 
     def _pool(self, rewards: RewardsConfig, base_folder: Path) -> RewardPool:
         return self._pools.setdefault(_key(rewards, base_folder), RewardPool(rewards, base_folder))
@@ -85,9 +84,9 @@ class RewardWorkers:
         self._each(calls, "import the rewards", _import_seconds(rewards) + MARGIN_SECONDS)
         return scorer
 
-    def release(self, rewards: RewardsConfig, base_folder: Path) -> None:
-        """End the processes that `scorer` started, once a stage is done."""
-        self._each([("release", (rewards, base_folder.resolve()))] * len(self._actors), "release", self._config.step_timeout)
+    def release(self) -> None:
+        """End the processes of all scorers once a stage is done, and give back their memory; a scorer used again restarts its own."""
+        self._each([("release", ())] * len(self._actors), "release", self._config.step_timeout)
 
     def close(self) -> None:
         """End the actors; the kernel ends their reward processes with them."""

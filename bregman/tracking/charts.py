@@ -41,6 +41,18 @@ def stage_charts(stage: StageData) -> list[str]:
     return _rl_charts(stage) if is_rl(stage) else _sft_charts(stage) if "loss" in stage.curves else []
 
 
+def watch_charts(stage: StageData) -> list[str]:
+    """The charts of the reward hacking watch of an RL stage: shares, and changes against the running means."""
+    watched = {name.removeprefix("watch/").replace("_", " "): name for name in stage.curves if name.startswith("watch/")}
+    jumps = {label: name for label, name in watched.items() if name.endswith("_jump")}
+    shares = {label.replace("agreement/", "agreement with "): name for label, name in watched.items() if label not in jumps}
+    figures = [
+        _lines(stage, shares, Axes(title="Share of right answers / of responses", y_range=(0.0, 1.02))),
+        _lines(stage, jumps, Axes(title="Change against the running mean (length: relative)")),
+    ]
+    return [figure for figure in figures if figure]
+
+
 def is_rl(stage: StageData) -> bool:
     return "response_tokens/mean" in stage.curves
 

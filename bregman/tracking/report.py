@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bregman.tracking.charts import is_rl, learning_curve, stage_charts
+from bregman.tracking.charts import is_rl, learning_curve, stage_charts, watch_charts
 from bregman.tracking.console import duration
 from bregman.tracking.disk import write_text
 from bregman.tracking.run_data import RunData, StageData, primary_reward, read_run, sample_rollouts
@@ -21,6 +21,8 @@ from bregman.tracking.svg import DARK, LIGHT, STYLE
 _LONGEST_TEXT = 6000
 """Characters of a prompt or response shown; the middle of longer ones is left out."""
 _MOST_WARNINGS = 200
+_WATCH = "reward hacking watch: "
+"""With this the warnings of `rl.hacking_watch` begin."""
 
 _CSS = (
     f":root{{color-scheme:light dark;{LIGHT}}}@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}{STYLE}"
@@ -53,7 +55,7 @@ def write_report(run_folder: Path) -> Path:
     run = read_run(folder)
     sections = [_head(run), _stage_table(run), _section("Learning curve", _charts(learning_curve(run), wide=True))]
     sections += [_stage(folder, stage) for stage in run.stages if stage.curves]
-    sections += [_warnings(run), _recipe(run)]
+    sections += [_watch(run), _warnings(run), _recipe(run)]
     title = escape(run.name)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{_CSS}</style>'
     write_text(
@@ -131,6 +133,16 @@ def _sample(row: Mapping[str, Any]) -> str:
     where = f"problem {escape(row['problem_id'])}, sample {row['sample_index']}, {row['num_tokens']} tokens"
     texts = f"<pre>{_text(row['prompt'])}</pre><pre>{_text(row['response'])}</pre>"
     return f'<div class="sample">{mark} <span class="faint">{where}</span>{texts}<dl>{listed}</dl></div>'
+
+
+def _watch(run: RunData) -> str:
+    """Signs of reward hacking: the charts of every stage that was watched, and what was warned about."""
+    body = "".join(f"<h3>{escape(stage.name)}</h3>{_charts(charts)}" for stage in run.stages if (charts := watch_charts(stage)))
+    if not body:
+        return ""
+    warned = [line for line in run.warnings if _WATCH in line][-_MOST_WARNINGS:]
+    said = f'<pre class="warnings">{escape(chr(10).join(warned))}</pre>' if warned else '<p class="faint">nothing was warned about</p>'
+    return _section("Reward hacking watch", said + body)
 
 
 def _warnings(run: RunData) -> str:

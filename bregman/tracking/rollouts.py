@@ -32,11 +32,12 @@ def write_rollouts(path: Path, iteration: int, groups: Sequence[Group]) -> None:
         pyarrow.parquet.write_table(table, aside, compression="zstd")
 
 
-def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """Rows of a rollout file without token ids and log-probabilities; `reward_parts` as a dict."""
+def read_rollouts(path: Path, *, token_ids: bool = False) -> list[dict[str, Any]]:
+    """Rows of a rollout file without log-probabilities, and without token ids unless asked for; `reward_parts` as a dict."""
     import pyarrow.parquet
 
-    columns = [name for name in _schema().names if name not in ("token_ids", "logprobs")]
+    left_out = ("logprobs",) if token_ids else ("logprobs", "token_ids")
+    columns = [name for name in _schema().names if name not in left_out]
     rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
     return [{**row, "reward_parts": dict(row["reward_parts"])} for row in rows]
 

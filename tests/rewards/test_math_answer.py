@@ -5,62 +5,17 @@ from __future__ import annotations
 import time
 
 import pytest
+from math_pairs import HOSTILE, PAIRS
 
-from rewards.math_answer import last_boxed, math_answer
-
-BOXED = [
-    # gold, what stands in the box, equal
-    ("5", "5", True),
-    ("5", " 5 ", True),
-    ("5", "5.", True),
-    ("5", "6", False),
-    ("5", "x=5", True),
-    ("x=5", "5", True),
-    ("-3", "-3", True),
-    ("-3", "3", False),
-    ("a^2-4", "(a+2)(a-2)", True),
-    ("x^2+2x+1", "(x+1)^2", True),
-    ("x^2+2x+1", "(x+1)^3", False),
-    (r"\frac{1}{3}", "1/3", True),
-    ("1/3", r"\frac13", True),
-    ("1/3", r"\dfrac{2}{6}", True),
-    ("1/3", "0.3333", False),
-    ("50%", "0.5", True),
-    ("0.5", r"50\%", True),
-    ("0.5", r"\frac{1}{2}", True),
-    ("(1,2)", "(1, 2)", True),
-    ("(1,2)", "[1,2]", False),
-    ("(1,2)", "(2,1)", False),
-    (r"\{1,2\}", r"\{2,1\}", True),
-    ("1,2", "2,1", True),
-    ("3", "3, 4", False),
-    (r"\frac{\pi}{2}", r"\pi/2", True),
-    ("1,000", "1000", True),
-    ("1000", "1,000", True),
-    (r"\sqrt{8}", r"2\sqrt{2}", True),
-    ("2^{10}", "1024", True),
-    ("42", r"42\text{ cm}", True),
-    ("90", r"90^\circ", True),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", True),
-    (r"\text{Paris}", r"\text{Paris}", True),
-    ("$5$", "5", True),
-    (r"\boxed{5}", "5", True),
-    (r"\frac{a}{b+\frac{1}{c}}", r"\frac{ac}{bc+1}", True),
-    ("0", "", False),
-    ("0", r"\frac{1}{0}", False),
-    ("0", "\\", False),
-    ("0", "}{", False),
-    ("7", r"\infty", False),
-    ("0", "()" * 40, False),
-    ("1", r"\int_0^1 x^{x} dx", False),
-]
+from rewards.math_answer import _verdict, last_boxed, math_answer
+from rewards.math_text import costly
 
 
 def said(*texts: str) -> list[list[dict[str, str]]]:
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-@pytest.mark.parametrize(("gold", "boxed", "equal"), BOXED)
+@pytest.mark.parametrize(("gold", "boxed", "equal"), PAIRS)
 def test_boxed(gold: str, boxed: str, equal: bool) -> None:
     assert math_answer([[]], said(rf"<think>so</think>It is \boxed{{{boxed}}}"), answer=[gold]) == [float(equal)]
 
@@ -93,27 +48,42 @@ def test_require_boxed() -> None:
     assert math_answer([[]] * 2, said("The answer is 5", r"\boxed{5}"), answer=["5", "5"], require_boxed=True) == [0.0, 1.0]
 
 
-HOSTILE = [
-    r"\boxed{9^{9^{9^9}}}",
-    r"\boxed{10^{100000000}}",
-    r"\boxed{999999999!}",
-    r"\boxed{\binom{1000000}{500000}}",
-    r"\boxed{(x+1)^{1000000}}",
-    r"\boxed{" + "(" * 200 + "1" + ")" * 200 + "}",
-    r"\boxed{" + "(" * 2000 + "1" + ")" * 2000 + "}",
-    r"\boxed{" + "1" * 100_000 + "}",
+UNBOXED = [
     "1 " * 100_000,
     "\\boxed{" * 20_000,
     "\\frac{" * 2_000,
-    "\x00\ud800\N{SNOWMAN}",
+    "The answer is $" + "(" * 200 + "1" + ")" * 200 + "$",
+    "The answer is $9^{9^{9^9}}$",
 ]
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_answers_are_wrong_in_time(text: str) -> None:
-    started = time.monotonic()
-    assert math_answer([[]], said(text), answer=["7"], parse_seconds=1, verify_seconds=1) == [0.0]
-    assert time.monotonic() - started < 4
+@pytest.mark.parametrize(("gold", "boxed", "equal"), HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_answers_are_judged_in_time(gold: str, boxed: str, equal: bool) -> None:
+    assert _judged_in_time(rf"\boxed{{{boxed}}}", gold) == float(equal)
+
+
+@pytest.mark.parametrize("text", UNBOXED, ids=range(len(UNBOXED)))
+def test_hostile_texts_are_wrong_in_time(text: str) -> None:
+    assert _judged_in_time(text, "7") == 0.0
+
+
+def _judged_in_time(text: str, gold: str) -> float | None:
+    started = time.process_time()
+    [score] = math_answer([[]], said(text), answer=[gold], parse_seconds=1, verify_seconds=1)
+    assert time.process_time() - started < 4
+    return score
+
+
+def test_a_verdict_is_kept() -> None:
+    text = said(r"\boxed{\frac{17}{34} + x^2}")
+    math_answer([[]], text, answer=["x^2 + 1/2"])
+    before = _verdict.cache_info().hits
+    assert math_answer([[]] * 3, text * 3, answer=["x^2 + 1/2"] * 3) == [1.0] * 3
+    assert _verdict.cache_info().hits == before + 3
+
+
+def test_the_table() -> None:
+    assert len({(gold, boxed) for gold, boxed, _ in PAIRS}) == len(PAIRS) >= 150
 
 
 @pytest.mark.parametrize(
@@ -122,3 +92,11 @@ def test_hostile_answers_are_wrong_in_time(text: str) -> None:
 )
 def test_last_boxed(text: str, inside: str | None) -> None:
     assert last_boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["2^{100}", "x^{2}y^{2}z^{2}", "e^{x^2}", "2^{2^{3}}", "2024^{2023}", "(x+1)^{10}", "100!", r"\frac{x^{n}}{n!}", r"\binom{2n}{n}"],
+)
+def test_ordinary_answers_are_not_refused(answer: str) -> None:
+    assert not costly(answer)

@@ -69,7 +69,7 @@ def test_entry_points(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 MISTAKES = [
     ("exact_anser", "no built-in or installed reward of this name; did you mean `exact_answer`?"),
-    ("zzz", "no built-in or installed reward of this name; choose one of exact_answer, math, think_format, or write path.py:name"),
+    ("zzz", f"no built-in or installed reward of this name; choose one of {', '.join(loader.BUILT_IN)}, or write path.py:name"),
     ("task.py", "a file, but not which function of it; write task.py:NAME"),
     ("tusk.py:verify_answer", "tusk.py; did you mean `task.py`?"),
     ("nowhere/task.py:f", "nowhere; paths are relative to the recipe's folder"),

@@ -12,6 +12,7 @@ from bregman.tracking.ledger import SampleLedger
 from bregman.types import Fate
 from rl.batches import assign_advantages, minibatches
 from rl.config import RLConfig
+from rl.hacking_watch import HackingWatch
 from rl.loop import Parts, train
 from rl.opmd import opmd_advantages
 from samplers.build import build_sampler
@@ -47,6 +48,7 @@ class Run:
         self.sampler = build_sampler(PrioritizedConfig(), PROBLEMS, seed=0)
         self.scorer = FunctionScorer(reward)
         self.saved = {}
+        self.watch = HackingWatch(config().rewards)
 
     def train(self, settings: RLConfig, first: int = 0) -> "Run":
         parts = Parts(
@@ -58,7 +60,7 @@ class Run:
             save=self._save,
             evaluate=lambda iteration: {"eval/accuracy": float(iteration)} if iteration % 2 == 0 else {},
         )
-        train(settings, parts, seed=0, tokens_per_micro_batch=100, first=first, ledger=self.ledger)
+        train(settings, parts, seed=0, tokens_per_micro_batch=100, first=first, ledger=self.ledger, watch=self.watch)
         return self
 
     def _save(self, iteration, state):
@@ -128,6 +130,7 @@ def test_resume_repeats_the_undisturbed_run_exactly():
     state, table = whole.saved[3]
     resumed.sampler.load_state_dict(state["sampler"])
     resumed.ledger.load_state_dict(state["ledger"])
+    resumed.watch.load_state_dict(state["watch"])
     resumed.learner.table.data.copy_(table)
     resumed.train(config(iterations=6), first=3)
     assert torch.equal(whole.learner.table, resumed.learner.table)

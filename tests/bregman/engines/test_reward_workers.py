@@ -95,7 +95,7 @@ def test_one_set_of_workers_serves_several_reward_sets(workers: RewardWorkers, f
     assert second.score(groups(3))[2].trajectories[0].reward == 2.0
     assert first.score(groups(1))[0].trajectories[1].reward == 0.0  # fewer groups than workers
     assert first.score([]) == []
-    workers.release(rewards("plugin.py:index"), folder)
+    workers.release()
     assert first.score(groups(3))[1].trajectories[0].reward == 1.0  # starts again when asked
 
 

@@ -102,7 +102,9 @@ def test_every_response_has_its_own_repeatable_stream(workers):
     assert not {t.token_ids for group in other for t in group.trajectories} & set(responses)
 
 
-@pytest.mark.parametrize(("prompt_tokens", "max_tokens"), [(100, 10), (10, 170)], ids=["prefill budget exceeded", "cache too small for all"])
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens"), [(100, 10), (10, 170)], ids=["prefill budget exceeded", "cache too small for all"]
+)
 def test_seeded_responses_survive_a_crowded_engine(workers, prompt_tokens, max_tokens):
     """vLLM on a CPU cannot prefill part of a seeded request, which happens when prompts or preempted responses exceed a budget."""
     crowd = [Problem(id=f"c{i}", messages=(), prompt_ids=tuple(4 + (i + j) % 60 for j in range(prompt_tokens))) for i in range(64)]
