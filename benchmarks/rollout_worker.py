@@ -78,7 +78,8 @@ def main() -> None:
     options = parser.parse_args()
 
     vocabulary = {"<|im_end|>": END, **{f"w{i}": i for i in range(64) if i != END}}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")))
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")), chat_template=template)
     prompts = [tuple(4 + (7 * i + j) % 60 for j in range(12 + i % 9)) for i in range(options.problems)]
     problems = [Problem(id=f"p{i}", messages=(), prompt_ids=prompt) for i, prompt in enumerate(prompts)]
     sampling = SamplingConfig(num_samples=options.samples, max_tokens=options.max_tokens)

@@ -15,7 +15,7 @@ from bregman.config import Config
 class RewardConfig(Config):
     """One reward function. `path.py:name` relative to the recipe, `module:name`, or the name of an installed entry point."""
 
-    function: str = Field(description="built-in name (exact_answer, math, think_format), `path.py:name`, or entry point")
+    function: str = Field(description="built-in name (exact_answer, math, code, think_format, ...), `path.py:name`, or entry point")
     name: str = Field("", description="column in metrics and rollouts; the function's name if empty")
     weight: float = Field(1.0, description="share in the total reward; 0 logs it as a metric only")
     second_opinion: bool = Field(False, description="judges what the first reward judges; how often the two agree is watched")
