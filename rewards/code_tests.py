@@ -92,6 +92,14 @@ def code(
     return [score(completion, cases) for completion, cases in zip(completions, tests, strict=True)]
 
 
+def _prepare(language: str = "python", isolation: Isolation = "required", **_: Any) -> None:
+    """Raises RewardError where this machine lacks the isolation or the compiler that the recipe asks for."""
+    prepare("int main() { return 0; }", language, choose(isolation))
+
+
+code.prepare = _prepare  # type: ignore[attr-defined]
+
+
 def extract_program(text: str, language: str) -> str:
     """The last fenced block of the language after the thinking, else the last one without a label, else the whole answer."""
     answer = split_thinking(text.replace("\r\n", "\n"))[1]

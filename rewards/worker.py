@@ -63,6 +63,9 @@ def _load(name: str, base_folder: Path, args: Mapping[str, Any]) -> tuple[Callab
     unknown = [key for key in args if not parameters.accepts(key)]
     if unknown:
         raise RewardError(f"reward `{name}`", f"takes no argument `{unknown[0]}`", f"it takes {', '.join(parameters.names)}")
+    prepare = getattr(function, "prepare", None)  # what a function needs and may lack on this machine shows before anything is sampled
+    if prepare is not None:
+        prepare(**args)
     return function, parameters
 
 

@@ -311,6 +311,12 @@ def test_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
         assert again == [1.0]
 
 
+def test_what_the_machine_lacks_shows_before_anything_is_sampled() -> None:
+    rewards = RewardsConfig(functions=[RewardConfig(function="code", args={"isolation": "best_effort", "language": "rust"})])
+    with RewardPool(rewards, Path(os.curdir)) as pool, pytest.raises(RewardError, match="no language `rust`; choose one of"):
+        pool.load()
+
+
 def running(mark: str) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
