@@ -78,8 +78,9 @@ def _early_fate(trajectory: Trajectory, drop_truncated: bool) -> Fate | None:
 
 
 def _sequences(group: Group) -> list[TokenSequence]:
-    prompt = group.problem.prompt_ids
-    return [_sequence(prompt, trajectory) for trajectory in group.trajectories if trajectory.advantage is not None]
+    """What can be trained on; of a group without signal, which serves the parity probe only, everything that was sampled."""
+    probe = not has_signal(group)
+    return [_sequence(group.problem.prompt_ids, t) for t in group.trajectories if t.token_ids and (probe or t.advantage is not None)]
 
 
 def _sequence(prompt: Sequence[int], trajectory: Trajectory) -> TokenSequence:

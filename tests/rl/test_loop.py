@@ -114,6 +114,13 @@ def test_parity_is_logged_even_without_signal():
     torch.testing.assert_close(run.learner.table, BigramLearner().table, rtol=0, atol=0)
 
 
+def test_a_run_whose_rewards_all_fail_says_so_and_trains_nothing():
+    run = Run(lambda t: None).train(config(iterations=2))
+    assert run.learner.steps == []
+    assert "64 rewards failed, the first: reward `right` failed" in run.tracker.warnings[0]
+    assert all(row["ledger/reward_failed"] == 64 for _, row in run.tracker.rows)
+
+
 def test_the_start_policy_is_described():
     run = Run().train(config(iterations=1))
     assert run.tracker.notes[0].startswith("start policy: pass rate 0.")
