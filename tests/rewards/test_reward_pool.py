@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -306,7 +307,15 @@ def test_a_file_beside_the_plugin_is_importable_but_shadows_no_library(folder: P
         (folder / "json.py").unlink()
 
 
-def test_interrupt_ends_the_wait_at_once(folder: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A test run started in the background ignores SIGINT; Python would then not raise KeyboardInterrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_ends_the_wait_at_once(folder: Path, interruptible: None) -> None:
     with pool_of(folder, "hangs", timeout=30) as pool:
         pool.load()
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()

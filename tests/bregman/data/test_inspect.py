@@ -13,7 +13,7 @@ from bregman.models.tiny.tokenizer import character_tokenizer
 
 @pytest.mark.parametrize(
     ("lengths", "limit", "over"),
-    [([1], 10, 0), ([3, 5, 100], 100, 0), ([3, 5, 101, 900], 100, 2), (list(range(1, 1000)), 512, 487), ([7] * 5, 3, 5), ([0, 1], 5, 0)],
+    [([1, 2], 10, 0), ([3, 5, 100], 100, 0), ([3, 5, 101, 900], 100, 2), (list(range(1, 1000)), 512, 487), ([7] * 5, 3, 5), ([0, 1], 5, 0)],
 )
 def test_histogram(lengths, limit, over):
     text = length_report(lengths, limit, "tokens")
@@ -22,6 +22,10 @@ def test_histogram(lengths, limit, over):
     assert counted == len([length for length in lengths if length > 0])
     assert f"over the limit: {over:,} (" in text if over else "over the limit: none" in text
     assert len(rows) <= 11 and all(bool(bar) == (count != "0") for _, count, bar in rows)
+
+
+def test_equal_lengths_need_no_histogram():
+    assert length_report([14] * 256, 48, "tokens") == "256 examples of 14 tokens each, limit 48"
 
 
 def test_histogram_of_nothing():
