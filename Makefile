@@ -26,6 +26,8 @@ lint: setup
 
 bench: setup
 	$(RUN)/python benchmarks/startup.py
+	$(RUN)/python benchmarks/memory.py
+	$(RUN)/python benchmarks/tiny_thinking_seeds.py
 	$(RUN)/python benchmarks/rollout_worker.py
 	$(RUN)/python benchmarks/weight_sync.py
 	$(RUN)/python benchmarks/rl_step.py

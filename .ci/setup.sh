@@ -20,7 +20,7 @@ echo "setup: making $venv (a minute; torch and vLLM are large)"
 # uv does not read pip's configuration: hand on where pip looks for wheels and which index it uses.
 options=()
 while IFS= read -r link; do options+=(--find-links "$link"); done < <(
-    "$venv/bin/python" -m pip config list | sed -n "s/^[^=]*find-links='\(.*\)'$/\1/p" | tr ' ' '\n' | sed '/^$/d' | sort -u
+    "$venv/bin/python" -m pip config list | sed -n "s/^[^=]*find-links='\(.*\)'$/\1/p" | sed 's/\\n/ /g' | tr ' ' '\n' | sed '/^$/d' | sort -u
 )
 index=$("$venv/bin/python" -m pip config list | sed -n "s/^[^=]*[.]index-url='\(.*\)'$/\1/p" | tail -n 1)
 [ -z "$index" ] || options+=(--default-index "$index")

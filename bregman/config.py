@@ -67,7 +67,12 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
             raise RecipeError(f"--set {override}", "the value is not valid YAML", "quote it") from None
-        node[_index(node, last, override) if isinstance(node, list) else last] = parsed
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"--set {override}", f"`{last}` is inside a value that is not a section")
+        if isinstance(node, list):
+            node[_index(node, last, override)] = parsed
+        else:
+            node[last] = parsed
     return result
 
 
@@ -94,7 +99,9 @@ def _child(node: Any, key: str, override: str) -> Any:
         return node[_index(node, key, override)]
     if not isinstance(node, dict):
         raise RecipeError(f"--set {override}", f"`{key}` is inside a value that is not a section")
-    return node.setdefault(key, {})
+    if node.get(key) is None:  # absent, or written without a value
+        node[key] = {}
+    return node[key]
 
 
 def _index(items: list[Any], key: str, override: str) -> int:

@@ -5,7 +5,7 @@ Owns how scored groups become an `Evaluation`; sampling and scoring are the engi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from bregman.errors import DataError
@@ -54,3 +54,10 @@ def part_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         if values:
             means[name] = fmean(values)
     return means
+
+
+def warn_about_failures(groups: Sequence[Group], where: str, warn: Callable[[str], None]) -> None:
+    """Say how many responses had a failed reward, and what the first of them said."""
+    errors = [trajectory.reward_error for group in groups for trajectory in group.trajectories if trajectory.reward_error]
+    if errors:
+        warn(f"{where}: {len(errors)} responses with a failed reward, the first: {errors[0]}")

@@ -15,7 +15,7 @@ from rich.console import Console
 from bregman.data.chat import check_masks, tokenize_conversations
 from bregman.data.inspect import colour_mask, length_report, source_report
 from bregman.data.sources import read_conversations, read_problems, source_name
-from bregman.errors import RecipeError, RewardError
+from bregman.errors import DataError, RecipeError, RewardError
 from bregman.types import Group, Problem, Segment, Trajectory
 from evals.config import EvalConfig
 from recipes.models import recipe_tokenizer
@@ -59,9 +59,13 @@ def _check_sft(recipe: Recipe, stage: SFTStage, base: Path, tokenizer: Any) -> N
         print(f"  {source_report(source_name(source), own, stage.max_length, trained)}")
     print(_indent(length_report(lengths, stage.max_length, "tokens")))
     over = sum(length > stage.max_length for length in lengths)
-    if over:
-        verb = "stop the run (too_long: error)" if stage.too_long == "error" else "be skipped"
-        print(f"  {over} of {len(lengths)} conversations are above max_length {stage.max_length} and would {verb}")
+    if over and stage.too_long == "skip":
+        print(f"  {over} of {len(lengths)} conversations are above max_length {stage.max_length} and would be skipped")
+    elif over:
+        fix = f"set max_length: {max(lengths)}, or too_long: skip"
+        raise DataError(f"stage {stage.name}", f"{over} of {len(lengths)} conversations are above max_length {stage.max_length}", fix)
+    if over == len(lengths):
+        raise DataError(f"stage {stage.name}", "no conversation is left", "raise max_length")
     per_step = stage.tokens_per_step / fmean(lengths)
     print(
         f"  {stage.steps} optimizer steps x {stage.tokens_per_step} tokens (about {per_step:.0f} conversations each), "

@@ -18,7 +18,7 @@ from bregman.tracking.run_folder import RunFolder, checkpoint, write_json
 from bregman.tracking.tracker import RunTracker
 from bregman.types import Evaluation, Problem
 from evals.config import EvalConfig
-from evals.evaluate import evaluate
+from evals.evaluate import evaluate, warn_about_failures
 from recipes.schema import Recipe, RLStage, Stage
 from recipes.workers import Workers
 
@@ -51,6 +51,7 @@ class Evaluator:
 
     def __call__(self, step: int, split: str = "eval") -> Evaluation:
         evaluation, groups = evaluate(self._context.workers.engine, self._scorer, self._problems, self._config)
+        warn_about_failures(groups, f"{split} at step {step}", self._context.tracker.warn)
         self._context.tracker.rollouts(step, groups, split=split)
         return evaluation
 

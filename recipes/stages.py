@@ -12,6 +12,7 @@ import rl.loop
 import sft.loop
 from bregman.data.chat import check_masks
 from bregman.data.mixture import Mixture
+from bregman.errors import GateError
 from bregman.tracking.ledger import SampleLedger
 from bregman.types import Evaluation
 from recipes.context import Context, Saver, read_state
@@ -111,15 +112,18 @@ class _Gate:
         self.last = self._evaluator(step, split="gate")
         metrics = evaluation_metrics(self.last)
         self._context.tracker.log(step - 1, metrics)
-        return metrics[f"eval/{self._gate.metric}"]
+        value = metrics.get(f"eval/{self._gate.metric}")
+        if value is None:
+            raise GateError(f"gate `{self._gate.metric}`", "the metric applied to no response", "look at the warnings about failed rewards")
+        return value
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """`eval/...` of everything an evaluation measured."""
     return {
+        **{f"eval/{name}": value for name, value in evaluation.metrics.items()},
         "eval/accuracy": evaluation.accuracy,
         "eval/pass_at_k": evaluation.pass_at_k,
         "eval/mean_tokens": evaluation.mean_tokens,
         "eval/truncated": evaluation.truncated,
-        **{f"eval/{name}": value for name, value in evaluation.metrics.items()},
     }

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import yaml
-
 from bregman.errors import RecipeError, UserError
-from bregman.tracking.run_folder import latest_checkpoint
+from bregman.tracking.disk import disk_errors
+from bregman.tracking.run_folder import RunFolder, latest_checkpoint
 from recipes.schema import EvalStage, Recipe
 
 
@@ -28,7 +27,7 @@ def evaluate_model(recipe: Recipe, base: Path, model: Path, stage_name: str | No
     from bregman.data.sources import read_problems
     from bregman.models.loading import resolve_model
     from bregman.tracking.console import PlainTracker
-    from evals.evaluate import evaluate
+    from evals.evaluate import evaluate, warn_about_failures
     from recipes.models import load_tokenizer
     from recipes.workers import Workers
 
@@ -36,9 +35,11 @@ def evaluate_model(recipe: Recipe, base: Path, model: Path, stage_name: str | No
     tokenizer = load_tokenizer(folder)
     room = recipe.engine.max_model_len - stage.sampling.max_tokens
     problems = read_problems(stage.problems, base, tokenizer, seed=recipe.seed, max_prompt_tokens=room)
-    with Workers(recipe, folder, tokenizer, PlainTracker(), learner=False) as workers:
+    tracker = PlainTracker()
+    with Workers(recipe, folder, tokenizer, tracker, learner=False) as workers:
         workers.engine.load_weights(folder, version=0)
-        result, _ = evaluate(workers.engine, workers.rewards.scorer(stage.rewards, base), problems, stage)
+        result, groups = evaluate(workers.engine, workers.rewards.scorer(stage.rewards, base), problems, stage)
+        warn_about_failures(groups, stage.name, tracker.warn)
     print(f"{stage.name}: accuracy {result.accuracy:.3f} over {result.num_problems} problems x {result.samples_per_problem} samples")
     print(f"pass@{result.samples_per_problem} {result.pass_at_k:.3f}")
     print(f"mean response {result.mean_tokens:.1f} tokens, {result.truncated:.1%} of the responses cut")
@@ -52,12 +53,12 @@ def export_model(run: Path, stage_name: str | None, to: Path) -> Path:
     Raises:
         UserError: no such run or stage, the stage has no model yet, or `to` exists.
     """
-    recipe = run / "recipe.resolved.yaml"
-    if not recipe.exists():
+    recipe = RunFolder(run).read_recipe()
+    if not recipe:
         raise UserError(str(run), "not a run folder (no recipe.resolved.yaml)", "give the `output_dir` of a recipe")
     if to.exists():
         raise UserError(str(to), "exists already", "give a folder that does not")
-    names = [stage["name"] for stage in yaml.safe_load(recipe.read_text())["stages"]]
+    names = [stage["name"] for stage in recipe["stages"]]
     if stage_name is not None and stage_name not in names:
         raise UserError("--stage", f"no stage `{stage_name}`", f"choose one of {', '.join(names)}")
     folders = [run / "stages" / f"{index:02d}_{name}" for index, name in enumerate(names) if stage_name in (None, name)]
@@ -65,8 +66,11 @@ def export_model(run: Path, stage_name: str | None, to: Path) -> Path:
     if not models:
         raise UserError(str(run), _no_model(folders, stage_name), "finish the stage with `bregman run` first")
     part = to.with_name(f"{to.name}.part")
-    shutil.copytree(models[-1], part, dirs_exist_ok=True)
-    return part.rename(to)
+    with disk_errors(to):
+        shutil.rmtree(part, ignore_errors=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(models[-1], part)
+        return part.rename(to)
 
 
 def _no_model(folders: list[Path], stage_name: str | None) -> str:

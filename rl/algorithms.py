@@ -1,6 +1,6 @@
 """The algorithms a recipe can name: for each, its loss and its advantages.
 
-Adding one is a file with these two functions and a case here.
+Adding one is a file with these two functions, its settings in `rl.config`, and a case here.
 """
 
 from __future__ import annotations

@@ -18,16 +18,24 @@ from bregman.types import Sequence as TokenSequence
 from rl.algorithms import AdvantageFunction
 
 
-def assign_advantages(groups: Sequence[Group], advantages: AdvantageFunction, *, drop_truncated: bool) -> list[Group]:
+def assign_advantages(
+    groups: Sequence[Group], advantages: AdvantageFunction, *, drop_truncated: bool, train_without_signal: bool = False
+) -> list[Group]:
     """Groups in which every trajectory has its fate, and those that can be trained on have their advantage.
 
     The baseline of a group is taken over its usable trajectories only. A group without any signal (all advantages 0) has a policy
-    gradient of 0: k1.5 Eq. (3); it is not trained, since a fresh Adam would turn its tiny tau term into a full step.
+    gradient of 0: k1.5 Eq. (3); it is not trained, since a fresh Adam would turn its tiny tau term into a full step. With
+    `train_without_signal` it is: a KL penalty pulls there as well.
     """
-    return [_with_advantages(group, advantages, drop_truncated) for group in groups]
+    return [_with_advantages(group, advantages, drop_truncated, train_without_signal) for group in groups]
 
 
 def has_signal(group: Group) -> bool:
+    """Whether the policy gradient of the group is not 0."""
+    return any(trajectory.advantage for trajectory in group.trajectories)
+
+
+def is_trained(group: Group) -> bool:
     return any(trajectory.fate == Fate.TRAINED for trajectory in group.trajectories)
 
 
@@ -55,11 +63,11 @@ def minibatches(
     ]
 
 
-def _with_advantages(group: Group, advantages: AdvantageFunction, drop_truncated: bool) -> Group:
+def _with_advantages(group: Group, advantages: AdvantageFunction, drop_truncated: bool, train_without_signal: bool) -> Group:
     fates = [_early_fate(trajectory, drop_truncated) for trajectory in group.trajectories]
     usable = [index for index, fate in enumerate(fates) if fate is None]
     values = dict(zip(usable, advantages([group.trajectories[i].reward for i in usable]) if usable else [], strict=True))  # type: ignore[misc]
-    late = Fate.TRAINED if any(values.values()) else Fate.ZERO_VARIANCE
+    late = Fate.TRAINED if train_without_signal or any(values.values()) else Fate.ZERO_VARIANCE
     trajectories = tuple(
         replace(trajectory, advantage=values.get(index), fate=fates[index] or late) for index, trajectory in enumerate(group.trajectories)
     )
@@ -68,18 +76,16 @@ def _with_advantages(group: Group, advantages: AdvantageFunction, drop_truncated
 
 def _early_fate(trajectory: Trajectory, drop_truncated: bool) -> Fate | None:
     """The fate of a trajectory that cannot enter its group's baseline, else None."""
-    if trajectory.finish_reason == "error":
+    if trajectory.finish_reason in ("error", "abort"):  # nothing carries an unfinished response into the next iteration yet
         return Fate.ENGINE_LOST
-    if trajectory.finish_reason == "abort":
-        return Fate.UNFINISHED
     if trajectory.finish_reason == "length" and drop_truncated:
         return Fate.TOO_LONG
     return Fate.REWARD_FAILED if trajectory.reward is None else None
 
 
 def _sequences(group: Group) -> list[TokenSequence]:
-    """What can be trained on; of a group without signal, which serves the parity probe only, everything that was sampled."""
-    probe = not has_signal(group)
+    """What can be trained on; of a group that is not, which serves the parity probe only, everything that was sampled."""
+    probe = not is_trained(group)
     return [_sequence(group.problem.prompt_ids, t) for t in group.trajectories if t.token_ids and (probe or t.advantage is not None)]
 
 

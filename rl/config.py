@@ -73,6 +73,14 @@ class RLConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig(every=1)
 
     @pydantic.model_validator(mode="after")
+    def _rest_needs_plain_rewards(self) -> RLConfig:
+        if isinstance(self.algorithm, ReSTConfig) and self.length_reward.weight:
+            raise ValueError(
+                "algorithm `rest` takes rewards of at least 1 as right, which a length reward would shift; set its weight to 0"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _on_policy(self) -> RLConfig:
         if self.rollout.top_p < 1.0:
             raise ValueError(f"rollout.top_p ({self.rollout.top_p}) must be 1: the learner cannot reproduce truncated probabilities")

@@ -190,7 +190,7 @@ def _letters(problem: Problem, trajectory: Trajectory) -> tuple[str, str] | None
 def _positions(problem: Problem, trajectory: Trajectory) -> tuple[str, str] | None:
     """The same for problems whose column `options` lists them: the answer may be the text of one, and its letter is its position."""
     options = problem.columns.get("options")
-    if not options or problem.answer is None:
+    if not isinstance(options, Mapping | list | tuple) or not options or problem.answer is None:
         return None
     pairs = options.items() if isinstance(options, Mapping) else zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options, strict=False)
     texts = {str(letter).strip().upper(): str(text) for letter, text in pairs}

@@ -14,9 +14,10 @@ from typing import Any
 from bregman.protocols import Learner, MiniBatch, ProblemSampler, RewardScorer, RolloutEngine, Tracker
 from bregman.tracking.ledger import SampleLedger
 from bregman.tracking.timing import PhaseTimer
+from evals.evaluate import warn_about_failures
 from rewards.length_reward import add_length_reward
 from rl.algorithms import build_algorithm
-from rl.batches import assign_advantages, has_signal, minibatches
+from rl.batches import assign_advantages, is_trained, minibatches
 from rl.config import RLConfig
 from rl.hacking_watch import HackingWatch
 from rl.metrics import group_metrics, step_metrics, warn_without_signal
@@ -68,14 +69,17 @@ def train(
             groups = engine.rollout(problems, config.rollout, seed=iteration_seed(seed, iteration))
         with timer("reward"):
             groups = parts.scorer.score(groups)
+            warn_about_failures(groups, f"iteration {iteration}", tracker.warn)
             parts.sampler.observe(groups)
             groups = add_length_reward(groups, config.length_reward, iteration)
-        groups = assign_advantages(groups, advantages, drop_truncated=config.truncated == "drop")
-        signal = [group for group in groups if has_signal(group)]
+        groups = assign_advantages(
+            groups, advantages, drop_truncated=config.truncated == "drop", train_without_signal=config.kl_coefficient > 0
+        )
+        trained = [group for group in groups if is_trained(group)]
         with timer("reference"):
             batches = learner.begin_iteration(
                 minibatches(
-                    signal or groups[:1],  # without any signal one group still serves the parity probe
+                    trained or groups[:1],  # where nothing is trained one group still serves the parity probe
                     steps=config.optimizer_steps,
                     token_budget=tokens_per_micro_batch,
                     num_ranks=learner.num_ranks,
@@ -89,7 +93,7 @@ def train(
         require_parity(parity["parity/logprob_diff_max"], config.parity_bound, iteration)
         with timer("train"):
             batches = _reference_from_rollout(batches) if config.reference == "rollout" else batches
-            steps = [learner.step(batch, loss, config.optimizer.learning_rate) for batch in batches] if signal else []
+            steps = [learner.step(batch, loss, config.optimizer.learning_rate) for batch in batches] if trained else []
         tracker.rollouts(iteration, groups)
         counts = ledger.record(groups, expected=config.num_problems * config.rollout.num_samples)
         watched = watch.observe(groups, iteration, tracker.warn)

@@ -50,10 +50,9 @@ def warn_without_signal(groups: Sequence[Group], iteration: int, tracker: Tracke
     look = f"pass rate {rate:.2f}, {signal:.0%} of the groups have any signal"
     if signal == 0:
         reason = "every response is right" if rate == 1 else "no response is right" if rate == 0 else "within each group all are equal"
-        errors = [t.reward_error for group in groups for t in group.trajectories if t.reward is None and t.reward_error]
-        if errors:
-            reason = f"{len(errors)} rewards failed, the first: {errors[0]}"
-        tracker.warn(f"iteration {iteration}: nothing to learn from: {look} ({reason}); no optimizer step was taken")
+        if all(t.reward is None for group in groups for t in group.trajectories):
+            reason = "every reward failed"
+        tracker.warn(f"iteration {iteration}: nothing to learn from: {look} ({reason})")
     elif iteration == 0 and signal < 0.1:
         tracker.warn(f"start policy: {look}; RL will learn slowly: use easier problems, more samples, or more SFT first")
     elif iteration == 0:

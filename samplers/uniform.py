@@ -30,8 +30,10 @@ class UniformSampler:
         chosen: list[int] = []
         while len(chosen) < count:
             if not self._queue:
-                self._queue = list(range(len(self._problems)))
-                self._random.shuffle(self._queue)
+                fresh = list(range(len(self._problems)))
+                self._random.shuffle(fresh)
+                # `pop` takes from the end: what this call has already drawn comes last in the new pass.
+                self._queue = [i for i in fresh if i in chosen] + [i for i in fresh if i not in chosen]
             chosen.append(self._queue.pop())
         return [self._problems[index] for index in chosen]
 

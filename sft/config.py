@@ -29,6 +29,14 @@ class GateConfig(Config):
             raise ValueError("a gate needs `at_least` or `at_most`")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _measured(self) -> GateConfig:
+        parts = [function.name or function.function.rpartition(":")[2] for function in self.evaluation.rewards.functions]
+        known = ["accuracy", "pass_at_k", "mean_tokens", "truncated", *parts]
+        if self.metric not in known:
+            raise ValueError(f"metric `{self.metric}` is not measured; choose one of {', '.join(known)}")
+        return self
+
     def passes(self, value: float) -> bool:
         above = self.at_least is None or value >= self.at_least
         return above and (self.at_most is None or value <= self.at_most)

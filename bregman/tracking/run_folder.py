@@ -24,8 +24,14 @@ from bregman.tracking.disk import ASIDE_SUFFIX, disk_errors, sync_to_disk, write
 __all__ = ["RunFolder", "checkpoint", "latest_checkpoint", "write_json"]
 
 _RECIPE, _LOCK = "recipe.resolved.yaml", ".lock"
-_MAY_CHANGE = ("cluster", "output_dir")
-"""Recipe keys that say where a run happens, not what it computes: a run may be moved, or resumed with other workers."""
+_MAY_CHANGE = re.compile(
+    r"cluster|output_dir|learner\.(tokens_per_micro_batch|activation_checkpointing|threads)"
+    r"|engine\.(kv_cache_mib|gpu_memory_utilization|max_num_seqs|max_num_batched_tokens)"
+    r"|stages\[\d+\]\.(parity_bound|checkpoint|gate\.(max_extensions|at_least|at_most))"
+    r"|stages\[\d+\]\.(.+\.)?rewards\.(on_failure|processes|memory_gib|total_timeout|functions\[\d+\]\.(timeout|load_timeout))"
+)
+"""Recipe keys that say where a run happens and when it stops: a run may be moved, resumed with other workers, or go on
+after one of its limits was raised. What is already computed stays right."""
 
 _REPLACED = ".replaced-"
 _STEP = re.compile(r"step_(\d+)")
@@ -145,8 +151,7 @@ class RunFolder:
             raise UserError(str(self.path), f"is not empty and not a run folder (it holds {strangers[0]})", "choose another output_dir")
         held = self.read_recipe()
         if held:
-            kept, wanted = ({key: value for key, value in each.items() if key not in _MAY_CHANGE} for each in (held, recipe))
-            difference = _first_difference(kept, wanted)
+            difference = _first_difference(held, recipe)
             if difference is not None:
                 found = f"the folder holds a run of another recipe ({difference})"
                 raise UserError(str(self.path), found, "choose another output_dir, or start over with --fresh")
@@ -242,7 +247,9 @@ def _unused_name(path: Path) -> Path:
 
 
 def _first_difference(held: Any, wanted: Any, key: str = "") -> str | None:
-    """The first key at which two trees of plain types differ, with both values."""
+    """The first key at which two trees of plain types differ and may not, with both values."""
+    if _MAY_CHANGE.fullmatch(key):
+        return None
     if isinstance(held, dict) and isinstance(wanted, dict):
         pairs = [(f"{key}.{name}" if key else name, held.get(name, ...), wanted.get(name, ...)) for name in {**held, **wanted}]
     elif isinstance(held, list) and isinstance(wanted, list):

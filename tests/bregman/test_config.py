@@ -72,6 +72,7 @@ def test_overrides_reach_into_lists_by_name_and_index():
         ("seed", "expected KEY=VALUE"),
         ("stages.lok.seed=1", "no list item `lok`; choose one of look"),
         ("name.x.y=1", "inside a value that is not a section"),
+        ("name.x=1", "inside a value that is not a section"),
         ("seed=[", "not valid YAML"),
     ],
 )

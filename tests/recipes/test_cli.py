@@ -81,6 +81,14 @@ RECIPE = {
 }
 
 
+GATE = {
+    "metric": "acuracy",
+    "at_least": 0.5,
+    "extend_steps": 1,
+    "evaluation": {"problems": source("problems"), "sampling": {"max_tokens": 8}, "rewards": rewards("task.py:right")},
+}
+
+
 @pytest.fixture
 def recipe(tmp_path):
     (tmp_path / "task.py").write_text(TASK)
@@ -125,11 +133,11 @@ def test_recipes_are_short():
 
 
 def test_check_says_what_a_run_would_do(recipe, capsys):
-    assert cli.main(["check", str(recipe(sft(too_long="skip", max_length=13)))]) == 0
+    assert cli.main(["check", str(recipe(sft(too_long="skip", max_length=14, sources=[source("conversations", count=11)])))]) == 0
     text = capsys.readouterr().out
     assert "4 problems x 4 samples = 16 responses -> 2 optimizer steps of up to 2 groups (8 responses)" in text
     assert "right = 1" in text
-    assert "4 of 4 conversations are above max_length 13 and would be skipped" in text
+    assert "2 of 11 conversations are above max_length 14 and would be skipped" in text
 
 
 def test_check_warns_that_tau_has_no_effect_with_one_step(recipe, capsys):
@@ -149,6 +157,9 @@ def test_check_warns_that_tau_has_no_effect_with_one_step(recipe, capsys):
         (sft(sources=[{**source("conversations"), "columns": {"completion": "ansr"}}]), "ansr"),
         (sft(sources=[source("empty")]), "task.py:empty"),
         (sft(sources=[source("broken")]), "colour"),
+        (sft(max_length=13), "4 of 4 conversations are above max_length 13; set max_length: 14, or too_long: skip"),
+        (sft(max_length=13, too_long="skip"), "no conversation is left"),
+        (sft(gate=GATE), "metric `acuracy` is not measured; choose one of accuracy"),
         (sft(sources=[source("conversations", cuont=3)]), "cuont"),
         (lambda data: data["model"].update(alphabet="01234567"), "+"),
         (lambda data: data["model"].update(kind="hf", path="no/such/folder"), "model"),

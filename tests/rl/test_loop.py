@@ -10,7 +10,7 @@ from fakes import BigramEngine, BigramLearner, FunctionScorer, ListTracker, prob
 from bregman.errors import ParityError
 from bregman.tracking.ledger import SampleLedger
 from bregman.types import Fate
-from rl.batches import assign_advantages, minibatches
+from rl.batches import assign_advantages, has_signal, minibatches
 from rl.config import RLConfig
 from rl.hacking_watch import HackingWatch
 from rl.loop import Parts, train
@@ -117,8 +117,26 @@ def test_parity_is_logged_even_without_signal():
 def test_a_run_whose_rewards_all_fail_says_so_and_trains_nothing():
     run = Run(lambda t: None).train(config(iterations=2))
     assert run.learner.steps == []
-    assert "64 rewards failed, the first: reward `right` failed" in run.tracker.warnings[0]
+    assert run.tracker.warnings[0] == "iteration 0: 64 responses with a failed reward, the first: reward `right` failed"
+    assert "nothing to learn from" in run.tracker.warnings[1] and "every reward failed" in run.tracker.warnings[1]
     assert all(row["ledger/reward_failed"] == 64 for _, row in run.tracker.rows)
+
+
+def test_some_failed_rewards_are_reported_with_the_first():
+    run = Run(lambda t: None if t.sample_index == 0 else has_three(t)).train(config(iterations=1))
+    assert run.tracker.warnings == ["iteration 0: 8 responses with a failed reward, the first: reward `right` failed"]
+
+
+def test_groups_without_signal_are_trained_where_a_kl_penalty_pulls():
+    groups = assign_advantages(
+        [Run().engine.rollout(PROBLEMS[:1], config().rollout, seed=0)[0]], lambda rewards: [0.0] * 8, drop_truncated=False
+    )
+    assert {t.fate for t in groups[0].trajectories} == {Fate.REWARD_FAILED}
+    scored = [replace(g, trajectories=tuple(replace(t, reward=1.0) for t in g.trajectories)) for g in groups]
+    for kept in (False, True):
+        (group,) = assign_advantages(scored, lambda rewards: [0.0] * 8, drop_truncated=False, train_without_signal=kept)
+        assert {t.fate for t in group.trajectories} == {Fate.TRAINED if kept else Fate.ZERO_VARIANCE}
+        assert not has_signal(group)
 
 
 def test_the_start_policy_is_described():
@@ -168,11 +186,11 @@ class TestBatches:
         assert {t.fate for t in self._assign(cut, drop=True)[0].trajectories} == {Fate.TOO_LONG}
         assert Fate.TOO_LONG not in {t.fate for t in self._assign(cut)[0].trajectories}
 
-    def test_lost_and_unfinished_responses_have_their_own_bins(self, groups):
+    def test_lost_responses_are_not_trained_on(self, groups):
         first, second, *rest = groups[0].trajectories
         group = replace(groups[0], trajectories=(replace(first, finish_reason="error"), replace(second, finish_reason="abort"), *rest))
         fates = [t.fate for t in self._assign([group])[0].trajectories]
-        assert fates[:2] == [Fate.ENGINE_LOST, Fate.UNFINISHED]
+        assert fates[:2] == [Fate.ENGINE_LOST, Fate.ENGINE_LOST]
 
     def test_baseline_is_over_usable_responses_only(self, groups):
         group = replace(

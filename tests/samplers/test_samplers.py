@@ -72,7 +72,8 @@ def test_success_is_the_primary_reward_and_failed_rewards_do_not_count():
 @pytest.mark.parametrize("config", CONFIGS)
 def test_no_problem_twice_in_an_iteration_unless_there_are_too_few(config):
     sampler = build_sampler(config, PROBLEMS, seed=0)
-    assert len(set(_ids(sampler.next_problems(6, 0)))) == 6
+    for _ in range(30):  # 6 does not divide the number of problems: passes end in the middle of a call
+        assert len(set(_ids(sampler.next_problems(6, 0)))) == 6
     assert len(sampler.next_problems(50, 0)) == 50
 
 

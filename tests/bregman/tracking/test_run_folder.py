@@ -82,6 +82,24 @@ def test_another_recipe_is_refused_by_its_first_differing_key(tmp_path: Path, pa
     RunFolder.open(tmp_path / "run", RECIPE).close()
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "stages.4.parity_bound",
+        "stages.4.rewards.on_failure",
+        "learner.tokens_per_micro_batch",
+        "engine.kv_cache_mib",
+        "cluster.step_timeout",
+    ],
+)
+def test_limits_may_be_raised_on_an_unfinished_run(tmp_path: Path, path: str) -> None:
+    section, _, key = path.rpartition(".")
+    before = changed(section, {key: 1}) if section != "stages.4" else changed(path, 1)
+    after = changed(section, {key: 2}) if section != "stages.4" else changed(path, 2)
+    RunFolder.open(tmp_path / "run", before).close()
+    RunFolder.open(tmp_path / "run", after).close()
+
+
 def test_workers_and_place_of_a_run_may_change(tmp_path: Path) -> None:
     RunFolder.open(tmp_path / "run", RECIPE).close()
     RunFolder.open(tmp_path / "run", changed("cluster.address", "auto")).close()
