@@ -140,6 +140,8 @@ def _check_problems(recipe: Recipe, source: Any, max_tokens: int, base: Path, to
 
 def _check_rewards(rewards: RewardsConfig, problem: Problem, base: Path) -> None:
     """Run every reward once, isolated as in a run, on the gold answer of `problem` (or an empty completion)."""
+    gold = problem.columns.get("answer")
+    answer = str(gold[0]) if isinstance(gold, list) and gold else problem.answer or ""  # of several acceptable answers the first
     trajectory = Trajectory(
         problem_id=problem.id,
         sample_index=0,
@@ -147,7 +149,7 @@ def _check_rewards(rewards: RewardsConfig, problem: Problem, base: Path) -> None
         logprobs=(0.0,),
         segments=(Segment(policy_version=0, length=1),),
         finish_reason="stop",
-        text=problem.answer or "",
+        text=answer,
     )
     pool = RewardPool(rewards, base)
     try:
@@ -157,7 +159,7 @@ def _check_rewards(rewards: RewardsConfig, problem: Problem, base: Path) -> None
     result = scored.trajectories[0]
     if result.reward_error:
         raise RewardError("rewards", result.reward_error, "a reward must accept any completion, an empty one too")
-    what = "the gold answer" if problem.answer else "an empty completion"
+    what = "the gold answer" if answer else "an empty completion"
     parts = ", ".join(f"{name} = {'not applicable' if value is None else f'{value:g}'}" for name, value in result.reward_parts.items())
     print(f"  rewards on {what} of problem {problem.id}: {parts}")
     if any(config.function == "code" for config in rewards.functions):

@@ -124,8 +124,8 @@ def read_tests(tests: Any) -> list[Case] | list[str]:
             raise RewardError("column `tests`", "a text that is no JSON", "see `code` in docs/rewards.md") from None
     if isinstance(tests, str):
         tests = [tests] if tests.strip() else []
-    if isinstance(tests, Mapping) and {"input", "output"} <= tests.keys() and isinstance(tests["input"], Sequence):
-        tests = [{"input": i, "output": o} for i, o in zip(tests["input"], tests["output"], strict=True)]
+    if isinstance(tests, Mapping) and {"input", "output"} <= tests.keys():
+        tests = _listed(tests["input"], tests["output"])
     if tests is None or len(tests) == 0:
         return []
     if all(isinstance(test, str) for test in tests):
@@ -134,6 +134,17 @@ def read_tests(tests: Any) -> list[Case] | list[str]:
         return [Case(str(test["input"]), str(test["output"])) for test in tests]
     fix = "give a list of {input, output} or of assertion statements"
     raise RewardError("column `tests`", f"test cases of an unknown form: {str(tests)[:60]}", fix)
+
+
+def _listed(inputs: Any, outputs: Any) -> list[dict[str, Any]]:
+    """The cases of one mapping: of a text each, or of two lists of one length."""
+    if isinstance(inputs, str) and isinstance(outputs, str):
+        return [{"input": inputs, "output": outputs}]
+    if any(isinstance(each, str) or not isinstance(each, Sequence) for each in (inputs, outputs)):
+        raise RewardError("column `tests`", "`input` and `output` are neither two texts nor two lists", "give a list of {input, output}")
+    if len(inputs) != len(outputs):
+        raise RewardError("column `tests`", f"{len(inputs)} of `input` but {len(outputs)} of `output`", "give one output for each input")
+    return [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
 
 
 def judge(
@@ -191,13 +202,16 @@ def _judge_assertions(code: str, tests: Sequence[str], way: Way, limits: Limits,
     result = side.run(json.dumps(apart.steps).encode(), limits)
     checks = put_together(apart, read_values(result.stdout))
     whole = [check for check in checks if check is not None]
-    verdicts: list[bool] = []
+    verdicts: Any = []
     if whole:
         other = Program(way, "python", {"main.py": CHECK.encode()}).run(json.dumps([apart.imports, whole]).encode(), limits)
         try:
             verdicts = json.loads(other.stdout)
         except ValueError:
             return Verdict(0, total, f"the assertions could not be checked: {other.limit or other.stderr[-120:]}")
+        if isinstance(verdicts, dict):
+            fix = "assertions may import the standard library alone"
+            raise RewardError("column `tests`", f"imports of assertions fail: {verdicts['imports']}", fix)
     passed = sum(verdicts)
     why = result.limit or (result.stderr.strip().rpartition("\n")[2][:120] if result.exit_code else "an assertion does not hold")
     return Verdict(passed, total, "" if passed == total else why)

@@ -14,6 +14,10 @@ from rewards.text import completion_text, split_thinking
 LONGEST_NUMBER = 60
 """Characters of what is read as a number."""
 
+_AROUND = " \"'`«»„‹›*_()[]{}「」『』【】《》"
+_BEFORE = _AROUND + "¿¡"
+_AFTER = _AROUND + ".,;:?、。"
+
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
 
 
@@ -32,8 +36,8 @@ def exact_answer(
     A gold answer that is a list holds the acceptable answers; an empty one is no gold answer. White space never counts.
 
     Args:
-        normalise: case, punctuation around the answer, articles and typographic characters do not count either, and digits of every
-            script are digits.
+        normalise: case, sentence punctuation, quotes, brackets and markdown around the answer, articles and typographic characters
+            do not count either, and digits of every script are digits. Other signs count (`C++`, `C#`, `$5`, `20°`, `5!`).
         last_number: the last number in the text is the answer, whatever stands around it.
         tolerance: greatest difference between two numbers; with either tolerance or `last_number`, numbers are compared by value.
         relative_tolerance: the same as a share of the gold number.
@@ -67,10 +71,18 @@ def number_in(text: str) -> Decimal | None:
 
 
 def normal_text(text: str) -> str:
-    """`text` in lower case, with plain characters, no punctuation at its ends, and no English article before it."""
+    """`text` in lower case, with plain characters, no sentence punctuation at its ends, and no English article before it."""
     plain = _spaced(unicodedata.normalize("NFKC", plain_characters(text))).casefold()
-    plain = re.sub(r"^[^\w\s+-]+|[^\w\s%]+$", "", plain).strip()
-    return re.sub(r"^(?:the|an?)\s+(?=\S)", "", plain)
+    return re.sub(r"^(?:the|an?)\s+(?=\S)", "", _without_ends(plain))
+
+
+def _without_ends(text: str) -> str:
+    """`text` without what belongs to the sentence around it; as it is where nothing else is there."""
+    kept = text.lstrip(_BEFORE).rstrip(_AFTER)
+    word = kept.rstrip(_AFTER + "!")
+    if len(word) > 1 and word[-2:].isalpha():  # after a word an exclamation mark is punctuation; `5!` and `n!` are factorials
+        kept = word
+    return kept or text
 
 
 def _last_number(text: str) -> Decimal | None:

@@ -79,18 +79,19 @@ async def judge(
     Args:
         base_url: of an OpenAI-compatible API, up to and with `/v1`.
         api_key_env: name of the environment variable that holds the key; empty: none is sent.
-        template: the prompt; `{question}`, `{reference}` and `{answer}` are replaced.
+        template: the prompt; `{question}`, `{reference}` and `{answer}` are replaced, and the last two must be there.
         max_tokens: of one reply of the judge.
         concurrency: requests at once.
         request_seconds: limit for one attempt.
         call_seconds: limit for all samples of one call; keep it below the reward's `timeout`, which kills.
         retries: further attempts after 408, 429, 5xx and broken connections, after `backoff` seconds, then twice that, and so on.
-        max_requests: attempts one process may make; max_tokens_total: tokens it may use; None: no bound.
+        max_requests: attempts one process may make; max_tokens_total: tokens it may use; None: no bound. Without `cache_file` both
+            count from 0 again in every process and every stage.
         cache_file: JSONL file of verdicts that outlasts the process; empty: memory only.
         unjudged: `fail` raises for a sample without a verdict, so that the recipe's `on_failure` decides; `none` returns None.
 
     Raises:
-        RewardError: the environment variable is not set.
+        RewardError: the environment variable is not set (found when the reward is loaded, as is a template that lacks a mark).
         Unanswered: under `fail`, for the first sample without a verdict.
     """
     endpoint = Endpoint(
@@ -129,6 +130,17 @@ async def judge(
     if missing is not None and unjudged == "fail":
         raise Unanswered(missing)
     return [None if outcome is None or isinstance(outcome, str) else float(outcome) for outcome in outcomes]
+
+
+def _prepare(api_key_env: str = "", template: str = TEMPLATE, **_: Any) -> None:
+    """What would otherwise show only after the first rollouts: no key, or a template that leaves out what is to be compared."""
+    _api_key(api_key_env)
+    for mark in ("{reference}", "{answer}"):
+        if mark not in template:
+            raise RewardError("reward `judge`", f"its template has no {mark}", "write {reference} and {answer} where they belong")
+
+
+judge.prepare = _prepare  # type: ignore[attr-defined]
 
 
 def read_verdict(reply: str) -> bool | None:

@@ -35,7 +35,7 @@ class Endpoint:
         timeout: seconds for one attempt.
         retries: further attempts after 408, 429, 5xx, time-outs and broken connections.
         backoff: seconds before the second attempt, doubled from then on; a random half of it is left out.
-        max_requests: attempts that this process may make in all; None: no bound.
+        max_requests: attempts that this process may make in all, those in the cache file included; None: no bound.
         max_tokens_total: tokens, by the endpoint's own count, after which nothing new is asked; None: no bound.
     """
 

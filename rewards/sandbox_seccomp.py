@@ -29,6 +29,8 @@ REFUSED = {
     **{"process_vm_readv": 310, "process_vm_writev": 311, "finit_module": 313, "kexec_file_load": 320, "bpf": 321},
     **{"userfaultfd": 323, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428},
     **{"move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "mount_setattr": 442},
+    # Memory that is not a process's own, so that no limit counts it.
+    **{"shmget": 29, "shmat": 30, "shmctl": 31, "shmdt": 67, "memfd_create": 319, "memfd_secret": 447},
 }
 """Numbers on x86-64."""
 

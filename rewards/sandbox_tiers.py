@@ -200,6 +200,8 @@ def _mounts(box: Path, root: Path, limits: Limits) -> str:
     table.append(f"none {_field(str(root))}/proc proc nosuid,nodev,noexec 0 0")
     table.append(f"none {_field(str(root))}/tmp tmpfs size={size},nr_inodes=4096,mode=1777,nosuid,nodev 0 0")
     lines += ["cat >table <<'END'", *table, "END", "mount -n -a -T table", "rm table"]
+    # Shared memory of the new ipc namespace counts for no process.
+    lines.append("(echo 0 >proc/sys/kernel/shmall) 2>/dev/null || :")
     lines += ["pivot_root . old", "umount -n -l /old", "mount -n -o remount,bind,ro /", "cd /tmp", "set +e"]
     return "\n".join(lines)
 

@@ -255,6 +255,10 @@ def _check_contents(form: _ChatFormat, messages: Items[Message], where: str) -> 
         content = message.get("content")
         if not isinstance(content, str):
             raise DataError(where, f"turn {index} is not text ({type(content).__name__})", "a text model takes strings only")
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(where, f"turn {index} has half a character (surrogate) at position {error.start}", "remove it") from None
         for end in form.end_texts:
             if end in content:
                 raise DataError(where, f"turn {index} contains the end token `{end}`", "remove it: the chat template adds it")

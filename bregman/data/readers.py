@@ -194,6 +194,9 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
         raise DataError(where, f"is not valid JSON ({detail})", "each line must be one JSON object") from None
+    except ValueError:  # Python refuses to read such an integer, for the time that takes
+        found = f"has an integer of more than {sys.get_int_max_str_digits()} digits"
+        raise DataError(where, found, "write it as a text, in quotation marks") from None
     if not isinstance(row, dict):
         raise DataError(where, f"is a JSON {type(row).__name__}, not an object", "each line must be one JSON object")
     return row

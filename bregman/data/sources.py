@@ -32,7 +32,9 @@ def read_problems(
     """Every row as a problem.
 
     Standard columns: `prompt` (text, or messages as TRL writes them) or `messages` (ending where the policy takes over);
-    optional `answer`, `difficulty` (in [0, 1]), `images`, and `id` (a hash of prompt and answer if there is none).
+    optional `answer` (a text, a number, or a list of those that are acceptable: reward functions see it as it is, and
+    `Problem.answer` holds a list as JSON, an empty one as None), `difficulty` (in [0, 1]), `images`, and `id` (a hash of prompt
+    and answer if there is none).
 
     Raises:
         DataError: naming the row: a column is missing or has the wrong type, an id occurs twice, the tokenizer has no token
@@ -89,8 +91,7 @@ def _problem(row: Mapping[str, Any], where: str, source: str, tokenizer: PreTrai
     if messages[-1]["role"] == "assistant":
         raise DataError(where, "its last turn is the assistant's", "a problem ends where the policy takes over: drop that turn")
     answer = row.get("answer")
-    if answer is not None and not isinstance(answer, str | int | float):
-        raise DataError(where, f"`answer` is a {type(answer).__name__}", "give a text or a number; reward functions get other columns too")
+    _check_answer(answer, where)
     images = _images(row, where)
     if images:
         raise DataError(where, "has images, and the model is a text model", "remove the `images` column or use a vision model")
@@ -99,7 +100,7 @@ def _problem(row: Mapping[str, Any], where: str, source: str, tokenizer: PreTrai
         id=_content_hash(messages, answer) if identity is None else str(identity),
         messages=messages,
         prompt_ids=tuple(render_prompt(tokenizer, messages, where)),
-        answer=None if answer is None else str(answer),
+        answer=_answer_text(answer),
         difficulty=_difficulty(row.get("difficulty"), where),
         source=source,
         columns=dict(row),
@@ -169,6 +170,22 @@ def _images(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     if not isinstance(images, list | tuple):
         raise DataError(where, f"`images` is a {type(images).__name__}", "give a list of images")
     return tuple(images)
+
+
+def _check_answer(answer: Any, where: str) -> None:
+    fix = "give a text, a number, or a list of them; reward functions get other columns too"
+    if isinstance(answer, list | tuple):
+        for index, one in enumerate(answer):
+            if not isinstance(one, str | int | float):
+                raise DataError(where, f"`answer[{index}]` is a {type(one).__name__}", fix)
+    elif answer is not None and not isinstance(answer, str | int | float):
+        raise DataError(where, f"`answer` is a {type(answer).__name__}", fix)
+
+
+def _answer_text(answer: Any) -> str | None:
+    if isinstance(answer, list | tuple):
+        return json.dumps(answer, ensure_ascii=False) if answer else None
+    return None if answer is None else str(answer)
 
 
 def _difficulty(value: Any, where: str) -> float | None:

@@ -13,7 +13,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from bregman.engines.weight_sync import WeightHandle, read_tensors, sample_indices
@@ -88,20 +88,18 @@ def _sampled(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def repack_tied_head(model: torch.nn.Module) -> int:
-    """Repack output heads that share the input embedding's weight; returns how many needed it.
+    """Pack the output heads' weights for the CPU kernel anew; returns how many heads there were.
 
-    vLLM 0.32 packs the head's weight for its CPU kernel when the model is loaded, and skips that for a tied head in a layerwise
-    reload, which leaves the old weights in use (log-probs off by nats). Each head is compared with a plain matrix product
-    first: where that never finds a difference, this function can go.
+    vLLM 0.32 packs the head's weight for its CPU kernel when the model is loaded, and skips that in a layerwise reload for a head
+    that shares the input embedding's weight, which leaves the old weights in use. Every head that has a CPU kernel is packed,
+    whatever its values: a step of training moves them by less than the rounding of any probe. The weight itself stays as it is,
+    so that packing twice changes nothing.
     """
     repacked = 0
     for head in model.modules():
-        packed: Any = getattr(head, "cpu_linear", None)
-        if not isinstance(head, ParallelLMHead) or packed is None:
+        if not isinstance(head, ParallelLMHead) or getattr(head, "cpu_linear", None) is None:
             continue
-        weight: Any = head.weight
-        probe = torch.linspace(-1, 1, weight.shape[1], dtype=torch.float32).to(weight.dtype).unsqueeze(0)
-        if not torch.allclose(packed(probe, weight, None), probe @ weight.T, rtol=1e-2, atol=1e-4):
+        if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
             head.quant_method.process_weights_after_loading(head)
             repacked += 1
     return repacked

@@ -86,6 +86,8 @@ def test_same_output(printed: str, expected: str, tolerance: float, same: bool) 
     [
         (SUMS, [Case("1 2\n", "3\n"), Case("30 4\n", "34\n")]),
         ({"input": ["1"], "output": ["2"]}, [Case("1", "2")]),
+        ({"input": "12", "output": "34"}, [Case("12", "34")]),
+        ('{"input": "12", "output": "34"}', [Case("12", "34")]),
         ('[{"input": "1", "output": "2"}]', [Case("1", "2")]),
         ('["assert f(1) == 2"]', ["assert f(1) == 2"]),
         ("assert f(1) == 2", ["assert f(1) == 2"]),
@@ -99,7 +101,13 @@ def test_read_tests(tests: Any, read: Any) -> None:
     assert read_tests(tests) == read
 
 
-@pytest.mark.parametrize("tests", [[1], [{"input": "1"}], "[1", ["assert x", {"input": "", "output": ""}]])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        *([1], [{"input": "1"}], "[1", ["assert x", {"input": "", "output": ""}]),
+        *({"input": ["1", "2"], "output": ["1"]}, {"input": "1", "output": ["1"]}, {"input": 1, "output": 2}),
+    ],
+)
 def test_test_cases_of_another_form(tests: Any) -> None:
     with pytest.raises(RewardError, match="column `tests`"):
         read_tests(tests)
@@ -215,6 +223,64 @@ def test_cheats(name: str) -> None:
     assert verdict == Verdict(0, 1, verdict.reason) and verdict.reason
 
 
+# What the tests assign, and a wrong program that would pass if it could get at it.
+LEAKS = {
+    "a name": ("expected = 4\nassert f(2) == expected", "def f(x): return expected"),
+    "a pair": ("inp_out = (2, 4); assert f(inp_out[0]) == inp_out[1]", "def f(x): return globals()['inp_out'][1]"),
+    "a pair by name": ("inp_out = (2, 4); assert f(inp_out[0]) == inp_out[1]", "def f(x): return inp_out[1]"),
+    "two names": ("x, y = 2, 4\nassert f(x) == y", "def f(x): return y"),
+    "a name of a name": ("x = 4\ny = x\nassert f(2) == y", "def f(x): return globals().get('x') or y"),
+    "computed": ("y = sum([1, 3])\nassert f(2) == y", "def f(x): return y"),
+    "with an import": ("import math\ny = math.isqrt(16)\nassert f(2) == y", "def f(x): return y"),
+    "beside a call": ("pair = f(2), 4\nassert pair[0] == pair[1]", "def f(x): return 0\npair = (0, 0)"),
+    "in the steps": (
+        "case = {'x': 2, 'y': 8675309}\nassert f(case['x']) == case['y']",
+        "import gc, re\ndef f(x):\n    found = re.findall('8675[0-9]+', repr([o for o in gc.get_objects() if type(o) in (list, dict, tuple)]))\n"
+        "    return int(found[0]) if found else 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_what_tests_assign_stays_outside(name: str) -> None:
+    test, program = LEAKS[name]
+    assert judge(program, [test], "python", WAY, LIMITS, 8).passed == 0
+    value = "8675309" if name == "in the steps" else "4"
+    assert judge(f"def f(x): return {value}", [test], "python", WAY, LIMITS, 8) == Verdict(1, 1)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "from solution import f\nassert f(2) == 4",
+        "from solution import *\nassert f(2) == 4",
+        "import solution\nassert solution.f(2) == 4",
+        "y = f(2)\nassert y == 4",
+        "y = sorted([f(3), f(2)])\nassert y == [4, 6] and y[0] == 4",
+        "candidate = f\nassert candidate(2) == 4",
+        "x = [1]\ngrow(x)\nassert x == [1, 0]",
+        "x = y = [1]\ngrow(x)\nassert x == [1, 0]",
+        "x = [1, 2]\nassert f(x) == x + x and f(x.copy()) == f(x[:])",
+        "x = 2\nassert f(x) == 4\nx = 3\nassert f(x) == 6",
+        "import random\nrandom.seed(1)\nx = random.random()\nassert abs(f(x)) <= 2",
+        "'a note'\nprint(f(2))\nassert f(2) == 4",
+        "sum = 4\nassert f(2) == sum",
+        "box = Box(3)\nbox.add(2)\nassert box.n == 5",
+        "from collections import Counter\nassert Counter(f('ab')) == Counter(a=2, b=2)",
+    ],
+)
+def test_right_programs_pass_tests_as_people_write_them(test: str) -> None:
+    program = "def f(x): return x + x\ndef grow(x): x.append(0)\nclass Box:\n    def __init__(self, n): self.n = n\n"
+    program += "    def add(self, n): self.n += n\n"
+    verdict = judge(program, [test], "python", WAY, LIMITS, 8)
+    assert verdict == Verdict(verdict.total, verdict.total)
+
+
+def test_imports_that_the_checking_side_lacks_are_no_verdict() -> None:
+    with pytest.raises(RewardError, match="column `tests`: imports of assertions fail: ModuleNotFoundError: No module named 'no_such'"):
+        judge("def f(x): return x + x", ["import no_such as n\nassert f(2) == 4"], "python", WAY, LIMITS, 8)
+
+
 def test_a_program_that_reads_cannot_see_what_is_expected() -> None:
     program = """
 import glob, os, sys
@@ -247,7 +313,18 @@ def test_assertions_taken_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "test", ["x = 1", "assert f(", "def check(f): assert f(1)", "for x in [1]: assert f(x)", "assert all(f(x) == x for x in [1])"]
+    "test",
+    [
+        *("x = 1", "assert f(", "def check(f): assert f(1)", "for x in [1]: assert f(x)", "assert all(f(x) == x for x in [1])"),
+        "d = {'x': 2, 'y': 4}\nassert f(d.get('x')) == 4",
+        "d = tuple([2, 4])\nassert f(d[0]) == d[1]",
+        "d = {}\nd[2] = 4\nassert f(2) == d[2]",
+        "d = []\nd.append(4)\nassert f(2) == d[0]",
+        "y = f(1) + 1\nassert f(y) == 4",
+        "x = 4\nassert [x for x in f(2)] == [x]",
+        "import random\nx = random.random()\nassert f(x) == x + x",
+        "a, b = f(2) + 1, *[3]\nassert a == b",
+    ],
 )
 def test_assertions_that_cannot_be_used(test: str) -> None:
     with pytest.raises(RewardError, match="column `tests`: assertion"):

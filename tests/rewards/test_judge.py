@@ -221,6 +221,26 @@ def test_api_key_comes_from_the_environment(server: Judge, monkeypatch: pytest.M
         ask(server.url, "right", api_key_env="JUDGE_TEST_KEY")
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"api_key_env": "JUDGE_KEY_THAT_IS_NOT_SET"}, "environment variable JUDGE_KEY_THAT_IS_NOT_SET is not set"),
+        ({"template": "Is {answer} right?"}, r"its template has no \{reference\}"),
+        ({"template": "Is {completion} equal to {reference}?"}, r"its template has no \{answer\}"),
+        ({"template": "Is {answer} equal to {reference}?"}, None),
+    ],
+)
+def test_what_the_judge_lacks_shows_at_load(tmp_path: Path, args: dict[str, str], expected: str | None) -> None:
+    args = {"base_url": "http://127.0.0.1:9/v1", "model": "m", **args}
+    with RewardPool(RewardsConfig(functions=[RewardConfig(function="judge", args=args)]), tmp_path) as pool:
+        if expected is None:
+            pool.load()
+            return
+        with pytest.raises(RewardError, match=expected) as caught:
+            pool.load()
+    assert "\n" not in str(caught.value)
+
+
 def test_metrics_count_what_has_no_verdict(server: Judge) -> None:
     logged: dict[str, float] = {}
     ask(server.url, "right", "malformed 1", "malformed 2", "forbidden", log_metric=logged.__setitem__)

@@ -242,6 +242,7 @@ def test_system_call_filter() -> None:
 import ctypes, os, subprocess, threading
 libc = ctypes.CDLL(None, use_errno=True)
 calls = {"unshare": (272, 0x10000000), "clone": (56, 0x10000000 | 17, 0, 0, 0, 0), "clone3": (435, 0, 0), "ptrace": (101, 0, 0, 0, 0),
+         "shmget": (29, 0, 4096, 0o1600), "memfd_create": (319, b"x", 0),
          "bpf": (321, 0, 0, 0), "io_uring": (425, 1, 0), "keyctl": (250, 0, -3, 0), "x32": (0x40000000 | 39,), "getpid": (39,)}
 for name, call in calls.items():
     result = libc.syscall(*call)
@@ -251,7 +252,8 @@ thread = threading.Thread(target=print, args=("thread",)); thread.start(); threa
 print(subprocess.run(["echo", "child"], capture_output=True, text=True).stdout)
 """
     out = run("bubblewrap", source).stdout.decode().split()
-    refused = ["unshare", "1", "clone", "1", "clone3", "38", "ptrace", "1", "bpf", "1", "io_uring", "1", "keyctl", "1", "x32", "1"]
+    refused = ["unshare", "1", "clone", "1", "clone3", "38", "ptrace", "1"]
+    refused += ["shmget", "1", "memfd_create", "1", "bpf", "1", "io_uring", "1", "keyctl", "1", "x32", "1"]
     assert out == [*refused, "getpid", "True", "thread", "child"]
 
 
@@ -345,6 +347,31 @@ def test_many_files_are_bounded_together(tier: str) -> None:
     source = "n = 0\ntry:\n    while True:\n        open(f'f{n}', 'wb').write(b'x' * 2**20)\n        n += 1\nexcept OSError as e: print(n)"
     result = run(tier, source)
     assert result.exit_code == 0 and 1 <= int(result.stdout) <= LIMITS.file_mib
+
+
+SHARED = {
+    "memfd": "import os\nfd = os.memfd_create('x')\nfor _ in range(64): os.write(fd, bytes(2**20))\nprint('held')",
+    "System V": """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+at = libc.shmat(libc.shmget(0, 2**26, 0o1600), None, 0)
+if at is None or at == 2**64 - 1: raise OSError(ctypes.get_errno(), "no shared memory")
+ctypes.memset(at, 1, 2**26)
+print("held")
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("tier", "name"), [("bubblewrap", "memfd"), ("bubblewrap", "System V"), ("unshare", "System V"), ("rlimits", "memfd")]
+)
+def test_memory_that_no_process_owns(tier: str, name: str) -> None:
+    if tier == "bubblewrap" and seccomp_filter() is None:
+        pytest.skip("no filter for this processor")
+    result = run(tier, SHARED[name], limits=Limits(1, 4, 256, 12, 128, 256))
+    assert (b"held" in result.stdout) is (tier == "rlimits"), result  # the weakest tier shows that the program would work
+    assert result.exit_code == (0 if tier == "rlimits" else 1)
 
 
 LEFT_BEHIND = """

@@ -157,6 +157,7 @@ BAD_CONVERSATIONS = {
     "end token in an answer": (CHATML, turns("hello", "wor<|im_end|>ld"), r"turn 1 contains the end token `<\|im_end\|>`"),
     "end token in a question": (CHATML, turns("<|endoftext|>", "world"), r"turn 0 contains the end token `<\|endoftext\|>`"),
     "no answer": (CHATML, turns("hello"), "no assistant turn"),
+    "half a character": (CHATML, turns("hello", "x \ud800"), r"turn 1 has half a character \(surrogate\) at position 2; remove it"),
     "content is not text": (
         CHATML,
         [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}],

@@ -222,6 +222,12 @@ FILE_ERRORS = {
     "malformed": ("jsonl", "data.jsonl", b'{"a": 1}\n\n{"a": }\n', r"data.jsonl:3: is not valid JSON \(Expecting value at column 7\)"),
     "cut": ("jsonl", "data.jsonl", b'{"a": 1}\n{"a": "x', r"data.jsonl:2: is not valid JSON"),
     "not objects": ("jsonl", "data.jsonl", b"[1]\n", "data.jsonl:1: is a JSON list, not an object"),
+    "huge integer": (
+        "jsonl",
+        "data.jsonl",
+        b'{"a": 1}\n{"a": ' + b"7" * 5000 + b"}\n",
+        r"data.jsonl:2: has an integer of more than 4300 digits",
+    ),
     "nested": ("jsonl", "data.jsonl", b"[" * 100_000 + b"\n", "data.jsonl:1: is not valid JSON"),
     "binary": ("jsonl", "data.jsonl", b'{"a": "\xff"}\n', "is not UTF-8 text"),
     "not parquet": ("parquet", "data.parquet", b"hello", "data.parquet: is not a Parquet file"),
@@ -268,7 +274,9 @@ PROBLEM_ERRORS = {
     "content is null": ({"messages": [{"role": "user", "content": None}]}, "has None as its content"),
     "image part": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts that are not text"),
     "last turn is an answer": ({"messages": chat("1", "2")}, "its last turn is the assistant's"),
-    "answer is a list": ({"prompt": "1", "answer": ["2"]}, "`answer` is a list"),
+    "answer is an object": ({"prompt": "1", "answer": {"a": 1}}, "`answer` is a dict; give a text, a number, or a list of them"),
+    "answers are lists": ({"prompt": "1", "answer": ["1", ["2"]]}, r"`answer\[1\]` is a list"),
+    "half a character": ({"prompt": "1 \ud800"}, r"turn 0 has half a character \(surrogate\) at position 2; remove it"),
     "difficulty above 1": ({"prompt": "1", "difficulty": 5}, "`difficulty` is 5; give a number from 0"),
     "difficulty is text": ({"prompt": "1", "difficulty": "hard"}, "`difficulty` is 'hard'"),
     "difficulty is NaN": ({"prompt": "1", "difficulty": float("nan")}, "`difficulty` is nan"),
@@ -285,6 +293,15 @@ def test_problem_errors_name_the_row(tmp_path, tokenizer, case):
     with pytest.raises(DataError, match=rf"^data.jsonl row 3: .*{expected}") as caught:
         problems_of(write_jsonl(tmp_path, OK_ROW, "", row), tmp_path, tokenizer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("write", [lambda folder, rows: write_jsonl(folder, *rows), write_parquet], ids=["jsonl", "parquet"])
+def test_several_acceptable_answers(tmp_path, tokenizer, write):
+    rows = [{"prompt": "1", "answer": ["1", "é"]}, {"prompt": "2", "answer": []}, {"prompt": "1", "answer": ["1"]}]
+    problems = problems_of(write(tmp_path, rows), tmp_path, tokenizer)
+    assert [problem.answer for problem in problems] == ['["1", "é"]', None, '["1"]']
+    assert [problem.columns["answer"] for problem in problems] == [row["answer"] for row in rows]
+    assert len({problem.id for problem in problems}) == 3
 
 
 def test_duplicate_ids(tmp_path, tokenizer):

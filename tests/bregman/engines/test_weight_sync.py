@@ -253,6 +253,23 @@ def test_synced_engine_equals_one_started_from_the_weights(engines, models, writ
     assert engines("generate", "tied", requests()) == engines("generate", "fresh", requests())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_move_of_one_millionth_arrives(kind, engines, models, writer, tmp_path):
+    """An update far below the rounding of a probe, in every weight: packed copies follow it too."""
+    model, folder = models[kind, "a"]
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    moved = {name: tensor + 1e-6 * torch.randn_like(tensor).sign() for name, tensor in published(folder).items()}
+    save_file(moved, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    engines("load_weights", kind, writer.write(published(folder).items()), 1)
+    before = engines("generate", kind, requests())
+    engines("load_weights", kind, writer.write(moved.items()), 2)
+    engines("start", f"moved {kind}", str(tmp_path))  # under a name of its own: an engine that goes takes its process's groups with it
+    after = engines("generate", kind, requests())
+    assert after == engines("generate", f"moved {kind}", requests())
+    assert after != before
+
+
 def test_incomplete_weights_are_refused_and_the_old_ones_stay(engines, models, writer):
     weights = published(models["untied", "a"][1])
     engines("load_weights", "untied", writer.write(weights.items()), 1)
