@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bregman.types import Group, PackedBatch, Problem, StepStats
+from bregman.types import Group, ImagePatches, PackedBatch, Problem, StepStats
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
-    from bregman.engines.config import OptimizerConfig, SamplingConfig
+    from bregman.engines.config import ModelTraining, OptimizerConfig, SamplingConfig
 
 LossFunction = Callable[["torch.Tensor", PackedBatch], "tuple[torch.Tensor, dict[str, torch.Tensor]]"]
 """`loss(logprobs, batch) -> (loss, metrics)`.
@@ -28,14 +29,34 @@ MiniBatch = Sequence[PackedBatch]
 """The micro-batches of one optimizer step; the learner spreads them over its ranks."""
 
 
+class ImageEncoder(Protocol):
+    """Turns images into what a vision-language model takes. `bregman.models.vision.load_image_encoder` makes one from a folder."""
+
+    @property
+    def placeholder_id(self) -> int:
+        """The token that a chat template writes once per image, and that is repeated once per feature of the image."""
+
+    def encode(self, image: Image) -> ImagePatches:
+        """Patches of an RGB image within the resolution limit. The same image gives the same bytes.
+
+        Raises:
+            ValueError: the image is too small or too large to be encoded; one line that says what to do.
+        """
+
+
 class Learner(Protocol):
     """Holds the trained weights. Does not know which algorithm runs: an algorithm is a loss."""
 
     @property
     def num_ranks(self) -> int: ...
 
-    def begin_stage(self, model: Path, optimizer: OptimizerConfig, *, keep_fixed_reference: bool = False) -> None:
-        """Load `model` (an HF folder) and a fresh optimizer; keep a frozen copy of it for KL if asked."""
+    def begin_stage(
+        self, model: Path, optimizer: OptimizerConfig, *, training: ModelTraining | None = None, keep_fixed_reference: bool = False
+    ) -> None:
+        """Load `model` (an HF folder) and a fresh optimizer; keep a frozen copy of it for KL if asked.
+
+        `training` says which parts of the model train and what of it is overridden; by default all of it, nothing.
+        """
 
     def begin_iteration(self, minibatches: Sequence[MiniBatch], *, reset_optimizer: bool = True) -> list[MiniBatch]:
         """Reset the optimizer and return the batches with `reference_logprobs` (and `fixed_logprobs`) filled in."""

@@ -29,8 +29,10 @@ class Problem:
     Attributes:
         id: unique within its problem set; sampler statistics are kept under it.
         messages: the conversation up to the turn that the policy writes.
-        prompt_ids: token ids of the rendered chat template with its generation prompt, length P.
-        images: image payloads in the order of their placeholders (empty for text).
+        prompt_ids: token ids of the rendered chat template with its generation prompt and expanded image placeholders, length P.
+        images: image payloads in the order of their placeholders (empty for text), as `bregman.data.images` takes them.
+        patches: the same images as the model takes them; empty until they are encoded.
+        image_positions: places in `prompt_ids` of the placeholder tokens that stand for image features, ascending.
         answer: the gold answer, if the data has one.
         difficulty: label in [0, 1], 0 easiest; None if the data has none.
         source: name of the data source, for tracking.
@@ -41,6 +43,8 @@ class Problem:
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
     images: tuple[Any, ...] = ()
+    patches: tuple[ImagePatches, ...] = ()
+    image_positions: tuple[int, ...] = ()
     answer: str | None = None
     difficulty: float | None = None
     source: str = ""
@@ -65,6 +69,21 @@ class Conversation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImagePatches:
+    """An image as a vision model takes it.
+
+    Attributes:
+        pixels: float32 [rows * columns, channels, patch, patch], normalised, row by row.
+        grid: (rows, columns) of patches.
+        num_tokens: tokens that the image takes in the text, after the projector merged neighbouring patches.
+    """
+
+    pixels: np.ndarray
+    grid: tuple[int, int]
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sequence:
     """One token sequence ready to be packed: a tokenised conversation, or a prompt with a sampled response.
 
@@ -73,12 +92,18 @@ class Sequence:
         loss_mask: bool [n]; True where the token itself is a training target. Never True at index 0.
         advantage: weight of the sequence in a policy loss (r - baseline); 0 for supervised data.
         rollout_logprobs: float32 [n], nats, the engine's log-probability of each response token; 0 elsewhere. None for SFT.
+        images: in the order in which the sequence shows them. Sequences that show the same image share the object: it is
+            encoded once per pack.
+        image_positions: int64 [sum of num_tokens], ascending: the placeholder tokens that stand for image features. Positions
+            rather than a token id, since a policy may sample that id.
     """
 
     token_ids: np.ndarray
     loss_mask: np.ndarray
     advantage: float = 0.0
     rollout_logprobs: np.ndarray | None = None
+    images: tuple[ImagePatches, ...] = ()
+    image_positions: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,8 +195,10 @@ class PackedBatch:
         reference_logprobs: float32 [T], nats, under the policy pi_i at the start of the iteration; None before
             `Learner.begin_iteration`.
         fixed_logprobs: float32 [T], nats, under the fixed reference model; None unless the recipe asks for that KL.
-        pixel_values: patches of all images of the batch in one sequence; None for text.
-        image_grid: int64 [images, 2], rows and columns of patches per image; None for text.
+        pixel_values: float32 [patches, channels, patch, patch] of all distinct images of the batch in one sequence; None for text.
+        image_grid: int64 [images, 2], rows and columns of patches of each distinct image; None for text.
+        image_positions: int64 [F], positions in the pack that take image features; None for text.
+        image_rows: int64 [F], which row of the concatenated features of all distinct images each of them takes; None for text.
     """
 
     token_ids: torch.Tensor
@@ -187,6 +214,8 @@ class PackedBatch:
     fixed_logprobs: torch.Tensor | None = None
     pixel_values: torch.Tensor | None = None
     image_grid: torch.Tensor | None = None
+    image_positions: torch.Tensor | None = None
+    image_rows: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bregman.data.config import ParquetSource, SourceConfig, StageSource
 from bregman.data.sources import read_problems
+from bregman.errors import DataError
 from bregman.protocols import RewardScorer
 from bregman.tracking.run_folder import RunFolder, checkpoint, write_json
 from bregman.tracking.tracker import RunTracker
@@ -34,13 +36,33 @@ class Context:
     tokenizer: Any
     workers: Workers
 
+    def source(self, source: SourceConfig) -> SourceConfig:
+        """`source`, or the file that the stage it names has left.
+
+        Raises:
+            DataError: that stage is not finished.
+        """
+        if not isinstance(source, StageSource):
+            return source
+        names = [stage.name for stage in self.recipe.stages]
+        file = data_file(self.folder.stage_folder(names.index(source.stage), source.stage))
+        if not file.exists():
+            raise DataError(f"stage {source.stage}", "has not made its data set yet", "run that stage first")
+        shared = {"name": source.name or source.stage, "weight": source.weight, "columns": source.columns}
+        return ParquetSource(path=str(file.absolute()), **shared)
+
     def problems(self, config: EvalConfig | RLStage, max_tokens: int) -> list[Problem]:
         room = self.recipe.engine.max_model_len - max_tokens
-        return read_problems(config.problems, self.base, self.tokenizer, seed=self.recipe.seed, max_prompt_tokens=room)
+        return read_problems(self.source(config.problems), self.base, self.tokenizer, seed=self.recipe.seed, max_prompt_tokens=room)
 
     def evaluation(self, config: EvalConfig) -> Evaluator:
         scorer = self.workers.rewards.scorer(config.rewards, self.base)
         return Evaluator(self, config, self.problems(config, config.sampling.max_tokens), scorer)
+
+
+def data_file(stage_folder: Path) -> Path:
+    """The data set that a stage of kind `long_cot`, `curate` or `reject` leaves."""
+    return stage_folder / "data.parquet"
 
 
 class Evaluator:

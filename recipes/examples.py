@@ -7,21 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from bregman.data.chat import tokenize_conversations
+from bregman.data.config import SourceConfig
 from bregman.data.sources import read_conversations, source_name
 from bregman.errors import DataError
 from bregman.types import Sequence as TokenSequence
 from sft.config import SFTConfig
 
 
-def tokenised_sources(stage: SFTConfig, base: Path, tokenizer: Any, seed: int, warn: Callable[[str], None]) -> list[list[TokenSequence]]:
-    """The examples of each source.
+def tokenised_sources(
+    stage: SFTConfig, base: Path, tokenizer: Any, seed: int, warn: Callable[[str], None], resolve: Callable[[SourceConfig], SourceConfig]
+) -> list[list[TokenSequence]]:
+    """The examples of each source. `resolve` gives the file behind a `kind: stage` source.
 
     Raises:
         DataError: a row is malformed, is longer than `max_length` where the recipe says `too_long: error`, or none is left.
     """
     result = []
     for index, source in enumerate(stage.sources):
-        conversations = read_conversations(source, base, seed=seed)
+        conversations = read_conversations(resolve(source), base, seed=seed)
         sequences = tokenize_conversations(tokenizer, conversations)
         fitting = [sequence for sequence in sequences if len(sequence.token_ids) <= stage.max_length]
         if len(fitting) < len(sequences):

@@ -15,7 +15,7 @@ from bregman.tracking.tracker import RunTracker
 from recipes import stages
 from recipes.context import Context, Saver, read_state
 from recipes.models import initial_model, load_tokenizer
-from recipes.schema import EvalStage, Recipe, SFTStage, Stage
+from recipes.schema import MODEL_KINDS, Recipe, RLStage, SFTStage, Stage
 from recipes.workers import Workers
 
 
@@ -43,7 +43,7 @@ def run(recipe: Recipe, base: Path, *, only: str | None = None, fresh: bool = Fa
 
 def _run_stages(recipe: Recipe, base: Path, folder: RunFolder, tracker: RunTracker, start: Path, todo: list[int]) -> None:
     tokenizer = load_tokenizer(start)
-    learner = any(not isinstance(recipe.stages[index], EvalStage) for index in todo)
+    learner = any(isinstance(recipe.stages[index], SFTStage | RLStage) for index in todo)
     engine = any(_needs_engine(recipe.stages[index]) for index in todo)
     with Workers(recipe, start, tokenizer, tracker, learner=learner, engine=engine) as workers:
         context = Context(recipe=recipe, base=base, folder=folder, tracker=tracker, tokenizer=tokenizer, workers=workers)
@@ -60,10 +60,8 @@ def _run_stage(context: Context, index: int, model: Path) -> None:
     started = time.monotonic()
     before = read_state(found[1])["seconds"] if found else 0.0
     saver = Saver(context, stage, stage_folder, started - before)
-    evaluation = stages.run_stage(context, stage, model=model, checkpoint=found[1] if found else None, first=first, saver=saver)
-    if not isinstance(stage, EvalStage):
-        context.tracker.waiting_for("the export of the model")
-        context.workers.learner.export(stage_folder / "model")
+    checkpoint = found[1] if found else None
+    evaluation = stages.run_stage(context, stage, model=model, output=stage_folder, checkpoint=checkpoint, first=first, saver=saver)
     context.workers.end_stage()
     seconds = time.monotonic() - started + before
     context.tracker.end_stage(seconds, evaluation)
@@ -77,19 +75,20 @@ def _unfinished(recipe: Recipe, folder: RunFolder, only: str | None) -> list[int
         return [index for index in range(len(names)) if index not in done]
     if only not in names:
         raise RecipeError("--stage", f"no stage `{only}`", f"choose one of {', '.join(names)}")
-    missing = next((names[i] for i in range(names.index(only)) if i not in done and not isinstance(recipe.stages[i], EvalStage)), None)
+    missing = next((names[i] for i in range(names.index(only)) if i not in done and recipe.stages[i].kind in MODEL_KINDS), None)
     if missing is not None:
         raise RecipeError("--stage", f"stage `{only}` starts from the model of `{missing}`, which is not finished", "run that one first")
     return [] if names.index(only) in done else [names.index(only)]
 
 
 def _model_before(recipe: Recipe, folder: RunFolder, index: int, start: Path) -> Path:
-    """The model that the nearest training stage before `index` left, or the start model."""
+    """The model that the nearest stage before `index` that leaves one left, or the start model."""
     for earlier in range(index - 1, -1, -1):
-        if not isinstance(recipe.stages[earlier], EvalStage):
+        if recipe.stages[earlier].kind in MODEL_KINDS:
             return folder.stage_folder(earlier, recipe.stages[earlier].name) / "model"
     return start
 
 
 def _needs_engine(stage: Stage) -> bool:
+    """Whether a stage samples from the model."""
     return not isinstance(stage, SFTStage) or stage.gate is not None

@@ -5,14 +5,15 @@ Owns the top of the schema and reading a recipe file; each section lives beside 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field, NonNegativeInt
+from pydantic import BaseModel, Field, NonNegativeInt
 
 from bregman.config import Config, apply_overrides, parse, read_yaml
+from bregman.data.config import StageSource
 from bregman.engines.config import ClusterConfig, EngineConfig, LearnerConfig
 from bregman.models.config import ModelConfig
 from evals.config import EvalConfig
@@ -36,6 +37,12 @@ class EvalStage(EvalConfig):
     kind: Literal["eval"] = "eval"
     name: StageName
 
+
+DATA_KINDS: tuple[str, ...] = ()
+"""Stages that leave a data set (`recipes.context.data_file`) for `kind: stage` sources, and the model as it was."""
+
+MODEL_KINDS: tuple[str, ...] = ("sft", "rl")
+"""Stages that leave a model."""
 
 Stage = Annotated[SFTStage | RLStage | EvalStage, Field(discriminator="kind")]
 
@@ -61,6 +68,16 @@ class Recipe(Config):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _sources_exist(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            made = [earlier.name for earlier in self.stages[:index] if earlier.kind in DATA_KINDS]
+            for source in sources(stage):
+                if isinstance(source, StageSource) and source.stage not in made:
+                    found = f"stages[{index}] ({stage.name}): no earlier stage `{source.stage}` makes a data set"
+                    raise ValueError(f"{found}; there is: {', '.join(made) or 'none'}")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _responses_fit(self) -> Recipe:
         for index, stage in enumerate(self.stages):
             for key, sampling in samplings(stage).items():
@@ -70,6 +87,17 @@ class Recipe(Config):
                         f"engine.max_model_len ({self.engine.max_model_len}); raise the one or lower the other"
                     )
         return self
+
+
+def sources(section: Any) -> Iterator[Any]:
+    """Every data source of a stage, wherever in it."""
+    if isinstance(section, BaseModel):
+        if "weight" in type(section).model_fields and "columns" in type(section).model_fields:
+            yield section
+        section = [getattr(section, name) for name in type(section).model_fields]
+    if isinstance(section, list):
+        for item in section:
+            yield from sources(item)
 
 
 def samplings(stage: Stage) -> dict[str, Any]:

@@ -26,26 +26,37 @@ def total_steps(stage: Stage) -> int:
     return stage.steps if isinstance(stage, SFTStage) else stage.iterations if isinstance(stage, RLStage) else 1
 
 
-def run_stage(context: Context, stage: Stage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> Evaluation | None:
-    """Run `stage` from `model`, or from `checkpoint`, after which step `first` is next. The evaluation it ended with, if it has one."""
+def run_stage(
+    context: Context, stage: Stage, *, model: Path, output: Path, checkpoint: Path | None, first: int, saver: Saver
+) -> Evaluation | None:
+    """Run `stage` from `model`, or from `checkpoint`, after which step `first` is next, and leave what it makes in the folder `output`:
+    a `model` (`schema.MODEL_KINDS`) or a data set (`schema.DATA_KINDS`). The evaluation it ended with, if it has one."""
     match stage:
         case SFTStage():
-            return _run_sft(context, stage, model=model, checkpoint=checkpoint, first=first, saver=saver)
+            evaluation = _run_sft(context, stage, model=model, checkpoint=checkpoint, first=first, saver=saver)
+            _export(context, output)
+            return evaluation
         case RLStage():
             _run_rl(context, stage, model=model, checkpoint=checkpoint, first=first, saver=saver)
+            _export(context, output)
             return None
         case EvalStage():
             return _run_eval(context, stage, model=model)
 
 
+def _export(context: Context, output: Path) -> None:
+    context.tracker.waiting_for("the export of the model")
+    context.workers.learner.export(output / "model")
+
+
 def _run_sft(context: Context, stage: SFTStage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> Evaluation | None:
     """Supervised fine-tuning; with a gate, the evaluation that passed it."""
     context.tracker.waiting_for("the training data")
-    sources = tokenised_sources(stage, context.base, context.tokenizer, context.recipe.seed, context.tracker.warn)
+    sources = tokenised_sources(stage, context.base, context.tokenizer, context.recipe.seed, context.tracker.warn, context.source)
     check_masks([example for source in sources for example in source], context.tokenizer)
     mixture = Mixture(sources, [source.weight for source in stage.sources], context.recipe.seed)
     learner = context.workers.learner
-    learner.begin_stage(model, stage.optimizer)
+    learner.begin_stage(model, stage.optimizer, training=stage)
     if checkpoint is not None:
         learner.load_checkpoint(checkpoint / "learner")
     gate = _Gate(context, stage) if stage.gate else None
@@ -61,7 +72,7 @@ def _run_rl(context: Context, stage: RLStage, *, model: Path, checkpoint: Path |
     problems = context.problems(stage, stage.rollout.max_tokens)
     sampler, ledger, watch = build_sampler(stage.sampler, problems, context.recipe.seed), SampleLedger(), HackingWatch(stage.rewards)
     learner = context.workers.learner
-    learner.begin_stage(model, stage.optimizer, keep_fixed_reference=stage.kl_coefficient > 0)
+    learner.begin_stage(model, stage.optimizer, training=stage, keep_fixed_reference=stage.kl_coefficient > 0)
     if checkpoint is not None:
         learner.load_checkpoint(checkpoint / "learner")
         state = read_state(checkpoint)

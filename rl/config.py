@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from bregman.config import Config
 from bregman.data.config import SourceConfig
-from bregman.engines.config import CheckpointConfig, OptimizerConfig, SamplingConfig
+from bregman.engines.config import CheckpointConfig, ModelTraining, OptimizerConfig, SamplingConfig
 from evals.config import EvalConfig
 from rewards.config import LengthRewardConfig, RewardsConfig
 from samplers.config import SamplerConfig, UniformConfig
@@ -51,7 +51,7 @@ class PeriodicEvalConfig(EvalConfig):
     every: PositiveInt = Field(10, description="iterations between evaluations")
 
 
-class RLConfig(Config):
+class RLConfig(ModelTraining):
     """Reinforcement learning with verifiable rewards."""
 
     iterations: PositiveInt

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 
 from bregman.config import Config
 from bregman.data.config import SourceConfig
-from bregman.engines.config import CheckpointConfig, OptimizerConfig, ScheduleConfig
+from bregman.engines.config import CheckpointConfig, ModelTraining, OptimizerConfig, ScheduleConfig
 from evals.config import EvalConfig
 
 
@@ -42,7 +42,7 @@ class GateConfig(Config):
         return above and (self.at_most is None or value <= self.at_most)
 
 
-class SFTConfig(Config):
+class SFTConfig(ModelTraining):
     """Supervised fine-tuning on a weighted mixture of conversations, packed."""
 
     steps: PositiveInt

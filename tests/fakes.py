@@ -31,7 +31,7 @@ class BigramLearner:
         self.steps: list[Sequence[PackedBatch]] = []
         self.resets = 0
 
-    def begin_stage(self, model: Path, optimizer: Any, *, keep_fixed_reference: bool = False) -> None:
+    def begin_stage(self, model: Path, optimizer: Any, *, training: Any = None, keep_fixed_reference: bool = False) -> None:
         self.fixed = self.table.detach().clone()
 
     def logprobs(self, batch: PackedBatch, table: torch.Tensor | None = None) -> torch.Tensor:

@@ -49,4 +49,11 @@ class HubSource(_Source):
     revision: str | None = None
 
 
-SourceConfig = Annotated[PythonSource | JsonlSource | ParquetSource | HubSource, Field(discriminator="kind")]
+class StageSource(_Source):
+    """The data set that an earlier stage of the same recipe made (`long_cot`, `curate`, ...)."""
+
+    kind: Literal["stage"] = "stage"
+    stage: str = Field(description="name of that stage")
+
+
+SourceConfig = Annotated[PythonSource | JsonlSource | ParquetSource | HubSource | StageSource, Field(discriminator="kind")]

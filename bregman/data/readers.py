@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from bregman.data.config import HubSource, JsonlSource, ParquetSource, PythonSource, SourceConfig
+from bregman.data.config import HubSource, JsonlSource, ParquetSource, PythonSource, SourceConfig, StageSource
 from bregman.errors import DataError
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Rows:
 
 def source_name(source: SourceConfig) -> str:
     """The name the recipe gives it; else its file name, `file.py:function`, or data set id."""
+    if source.kind == "stage":
+        return source.name or source.stage
     if source.name or source.kind == "hub":
         return source.name or source.path
     return Path(source.path).name
@@ -89,6 +91,8 @@ def read_rows(source: SourceConfig, base_folder: Path, seed: int) -> Rows:
             rows = _read_parquet(source, base_folder)
         case HubSource():
             rows = _read_hub(source, base_folder)
+        case StageSource():
+            raise TypeError("a stage source is resolved to the file it stands for before it is read (recipes.context)")
     if not len(rows):
         raise DataError(rows.name, "has no rows", "check the path, the split, or the generator's arguments")
     _check_columns(rows)

@@ -69,6 +69,18 @@ class AdamWConfig(Config):
 OptimizerConfig = AdamWConfig
 
 
+class ModelTraining(Config):
+    """What of the model a training stage trains and overrides; SFT and RL stages have these keys."""
+
+    train: list[Literal["vision_tower", "projector", "language_model"]] | None = Field(
+        None, min_length=1, description="parts that train; the others stay as they are; null: all"
+    )
+    rope_theta: PositiveFloat | None = Field(None, description="base of the rotary embedding from this stage on (context extension)")
+    router_bias_rate: NonNegativeFloat = Field(
+        0.0, description="mixture of experts: step of the router correction bias towards an even load, per optimizer step; 0 keeps it"
+    )
+
+
 class ScheduleConfig(Config):
     """Learning rate over the steps of a stage, as shares of the optimizer's `learning_rate`."""
 

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from bregman.engines import checkpoint
-from bregman.engines.config import LearnerConfig, OptimizerConfig
+from bregman.engines.config import LearnerConfig, ModelTraining, OptimizerConfig
 from bregman.engines.optimizer import ShardedAdamW
 from bregman.engines.sharding import ShardedPolicy
 from bregman.engines.weight_sync import SharedMemoryWriter, WeightHandle
 from bregman.errors import UserError
 from bregman.models.loading import TOKENIZER_FILES, load_policy
+from bregman.models.policy import IMAGE_ARGUMENTS
 from bregman.protocols import LossFunction
 from bregman.types import PackedBatch, StepStats
 
@@ -47,7 +48,9 @@ class FSDP2Learner:
         self._mesh = init_device_mesh(device.type, (world_size,))
         self._writer: SharedMemoryWriter | None = None
 
-    def begin_stage(self, model: Path, optimizer: OptimizerConfig, *, keep_fixed_reference: bool = False) -> None:
+    def begin_stage(
+        self, model: Path, optimizer: OptimizerConfig, *, training: ModelTraining | None = None, keep_fixed_reference: bool = False
+    ) -> None:
         """Load `model` (an HF folder) and a fresh optimizer; keep a frozen copy of it for KL if asked.
 
         Raises:
@@ -55,7 +58,7 @@ class FSDP2Learner:
         """
         for held in ("_sharded", "_fixed", "_optimizer"):
             self.__dict__.pop(held, None)  # free the last stage's weights before the next are loaded
-        self._source = model
+        self._source, self._training = model, training or ModelTraining()
         self._sharded = self._load(model)
         self._fixed = self._load(model, frozen=True) if keep_fixed_reference else None
         self._optimizer_config = optimizer
@@ -161,7 +164,8 @@ class FSDP2Learner:
 
 
 def _forward(sharded: ShardedPolicy, batch: PackedBatch) -> torch.Tensor:
-    return sharded.policy(batch.token_ids, batch.position_ids, batch.boundaries, batch.temperature)
+    images = {name: value for name in IMAGE_ARGUMENTS if (value := getattr(batch, name)) is not None}
+    return sharded.policy(batch.token_ids, batch.position_ids, batch.boundaries, batch.temperature, **images)
 
 
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:

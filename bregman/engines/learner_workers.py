@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from bregman.engines import cluster
-from bregman.engines.config import ClusterConfig, LearnerConfig, OptimizerConfig
+from bregman.engines.config import ClusterConfig, LearnerConfig, ModelTraining, OptimizerConfig
 from bregman.errors import ClusterError, UserError
 from bregman.protocols import LossFunction, MiniBatch
 from bregman.types import PackedBatch, StepStats
@@ -58,13 +58,15 @@ class LearnerWorkers:
     def num_ranks(self) -> int:
         return len(self._actors)
 
-    def begin_stage(self, model: Path, optimizer: OptimizerConfig, *, keep_fixed_reference: bool = False) -> None:
+    def begin_stage(
+        self, model: Path, optimizer: OptimizerConfig, *, training: ModelTraining | None = None, keep_fixed_reference: bool = False
+    ) -> None:
         """Load `model` (an HF folder) and a fresh optimizer; keep a frozen copy of it for KL if asked.
 
         Raises:
             DataError: the folder is no model that can be trained here.
         """
-        self._all("begin_stage", model.absolute(), optimizer, keep_fixed_reference=keep_fixed_reference)
+        self._all("begin_stage", model.absolute(), optimizer, training=training, keep_fixed_reference=keep_fixed_reference)
 
     def begin_iteration(self, minibatches: Sequence[MiniBatch], *, reset_optimizer: bool = True) -> list[MiniBatch]:
         """Reset the optimizer if asked and return the batches with `reference_logprobs` (and `fixed_logprobs`) filled in."""

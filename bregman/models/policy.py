@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 from bregman.models.attention import boundary_arguments
 from bregman.models.logprobs import chunked_token_logprobs, token_logprobs
 
+IMAGE_ARGUMENTS = ("pixel_values", "image_grid", "image_positions", "image_rows")
+"""Fields of a `PackedBatch` that reach the body of a vision-language model by the same name."""
+
 
 class PolicyModel(nn.Module):
     """Wraps a causal LM so that its head runs inside this module's forward, where FSDP has gathered the weights.
@@ -26,7 +29,12 @@ class PolicyModel(nn.Module):
         self._vocabulary = int(model.get_output_embeddings().weight.shape[0])
 
     def forward(
-        self, token_ids: torch.Tensor, position_ids: torch.Tensor, boundaries: torch.Tensor, temperature: float = 1.0
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        boundaries: torch.Tensor,
+        temperature: float = 1.0,
+        **images: torch.Tensor,
     ) -> torch.Tensor:
         """Log-probability of each token given the tokens before it in its own sequence; float32 [T], 0 at first tokens.
 
@@ -35,9 +43,10 @@ class PolicyModel(nn.Module):
             position_ids: int64 [T].
             boundaries: int32 [S + 1], cumulative sequence lengths.
             temperature: logits are divided by it.
+            images: `IMAGE_ARGUMENTS`, all of them or none.
         """
         output = self.model.base_model(
-            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, **boundary_arguments(boundaries)
+            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, **boundary_arguments(boundaries), **images
         )
         head = self.model.get_output_embeddings()
         return chunked_token_logprobs(output.last_hidden_state[0], head, self._vocabulary, token_ids, boundaries, temperature)
