@@ -1,4 +1,4 @@
-"""Checkpoints of a sharded model and its AdamW state, through torch.distributed.checkpoint, and the export to HF format.
+"""Checkpoints of a sharded model and its optimizer state, through torch.distributed.checkpoint, and the export to HF format.
 
 Owns what lies in a checkpoint folder. When one is written, and that it is written aside and renamed, is its caller's business.
 The metadata of torch's format is a pickle: a checkpoint is resumed by the run that wrote it; what users exchange is an export.
@@ -20,13 +20,11 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from bregman.engines.optimizer import ShardedAdamW
+from bregman.engines.optimizer import ShardedOptimizer
 from bregman.errors import DataError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-def save(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int) -> None:
+def save(folder: Path, model: nn.Module, optimizer: ShardedOptimizer, *, rank: int) -> None:
     """Write weights, optimizer and RNG states into `folder`, which exists. All ranks call it.
 
     Raises:
@@ -38,7 +36,7 @@ def save(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int) 
         dcp.save(state, storage_writer=writer)
 
 
-def load(folder: Path, model: nn.Module, optimizer: ShardedAdamW, *, rank: int) -> None:
+def load(folder: Path, model: nn.Module, optimizer: ShardedOptimizer, *, rank: int) -> None:
     """Restore what `save` wrote, at any number of ranks; a rank that did not exist then keeps its RNG state.
 
     Raises:
@@ -89,13 +87,13 @@ def _replace(aside: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _state(model: nn.Module, optimizer: ShardedAdamW, rank: int) -> dict[str, torch.Tensor]:
+def _state(model: nn.Module, optimizer: ShardedOptimizer, rank: int) -> dict[str, torch.Tensor]:
     """Flat names, tensors only. Tensors share memory with model and optimizer, so that loading is in place."""
     state: dict[str, torch.Tensor] = {"optimizer.step": torch.tensor(optimizer.steps), f"rng.{rank}": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         state[f"weights.{name}"] = parameter.detach()
-        for moment, local in zip(MOMENTS, optimizer.moments(name), strict=True):
+        for moment, local in optimizer.state(name).items() if parameter.requires_grad else ():
             state[f"optimizer.{moment}.{name}"] = DTensor.from_local(
                 local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
             )

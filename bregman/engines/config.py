@@ -5,7 +5,7 @@ Owns numbers and their checks; imports neither ray nor vllm nor torch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -57,22 +57,43 @@ class LearnerConfig(Config):
     threads: PositiveInt = Field(1, description="CPU threads of one learner rank")
 
 
-class AdamWConfig(Config):
-    kind: Literal["adamw"] = "adamw"
+ModelPart = Literal["vision_tower", "projector", "language_model"]
+"""Parts of a vision-language model; a text model is all `language_model`."""
+
+
+class _OptimizerConfig(Config):
     learning_rate: PositiveFloat
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
+    learning_rates: dict[ModelPart, PositiveFloat] = Field(
+        default_factory=dict, description="rates of parts that have their own; schedules scale them like `learning_rate`"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    eps: PositiveFloat = Field(1e-8, description="of AdamW")
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
 
 
-OptimizerConfig = AdamWConfig
+class AdamWConfig(_OptimizerConfig):
+    kind: Literal["adamw"] = "adamw"
+
+
+class MuonConfig(_OptimizerConfig):
+    """Muon on matrices, with updates of AdamW's size so that AdamW's rates and decay carry over; AdamW on embeddings, the output
+    head, norms and biases (Moonlight, arXiv 2502.16982)."""
+
+    kind: Literal["muon"] = "muon"
+    weight_decay: NonNegativeFloat = Field(0.1, description="Moonlight sec. 2.2")
+    momentum: float = Field(0.95, ge=0.0, lt=1.0)
+    nesterov: bool = True
+    newton_schulz_steps: PositiveInt = 5
+
+
+OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
 
 
 class ModelTraining(Config):
     """What of the model a training stage trains and overrides; SFT and RL stages have these keys."""
 
-    train: list[Literal["vision_tower", "projector", "language_model"]] | None = Field(
+    train: list[ModelPart] | None = Field(
         None, min_length=1, description="parts that train; the others stay as they are; null: all"
     )
     rope_theta: PositiveFloat | None = Field(None, description="base of the rotary embedding from this stage on (context extension)")

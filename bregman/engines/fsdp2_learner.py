@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from bregman.engines import checkpoint
 from bregman.engines.config import LearnerConfig, ModelTraining, OptimizerConfig
-from bregman.engines.optimizer import ShardedAdamW
+from bregman.engines.optimizer import ShardedOptimizer
 from bregman.engines.sharding import ShardedPolicy
 from bregman.engines.weight_sync import SharedMemoryWriter, WeightHandle
 from bregman.errors import UserError
@@ -62,7 +62,7 @@ class FSDP2Learner:
         self._sharded = self._load(model)
         self._fixed = self._load(model, frozen=True) if keep_fixed_reference else None
         self._optimizer_config = optimizer
-        self._optimizer = ShardedAdamW(self._sharded.policy, optimizer)
+        self._optimizer = ShardedOptimizer(self._sharded.policy, optimizer)
 
     def begin_iteration(self, minibatches: Sequence[Sequence[PackedBatch]], *, reset_optimizer: bool = True) -> list[list[Logprobs]]:
         """Reset the optimizer if asked, and take the log-probabilities of all micro-batches under the present weights."""

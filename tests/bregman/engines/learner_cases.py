@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import log_softmax
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bregman.data.packing import pack
 from bregman.engines.config import AdamWConfig
@@ -29,6 +29,20 @@ def make_model(folder: Path, *, tied: bool = True, layers: int = 2) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text('{"a": "tokenizer"}')
+    return folder
+
+
+def make_moe(folder: Path) -> Path:
+    """A random Qwen3-MoE whose three experts split unevenly over two ranks."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "head_dim": 8}
+    experts = {"moe_intermediate_size": 20, "num_experts": 3, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **heads))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -37,13 +37,13 @@ def test_restores_optimizer_and_random_state(learner: FSDP2Learner, tmp_path: Pa
     torch.manual_seed(3)
     learner.save_checkpoint(folder)
     names = [name for name, _ in learner._sharded.policy.named_parameters()]
-    moments = [tensor.clone() for name in names for tensor in learner._optimizer.moments(name)]
+    moments = [tensor.clone() for name in names for tensor in learner._optimizer.state(name).values()]
     drawn = torch.rand(3)
     learner.begin_iteration([minibatch()])
     assert learner._optimizer.steps == 0
     learner.load_checkpoint(folder)
     assert learner._optimizer.steps == 1
-    assert all(torch.equal(*pair) for pair in zip(moments, [t for n in names for t in learner._optimizer.moments(n)], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(moments, [t for n in names for t in learner._optimizer.state(n).values()], strict=True))
     assert max(tensor.abs().max() for tensor in moments) > 0
     assert torch.equal(torch.rand(3), drawn)
 

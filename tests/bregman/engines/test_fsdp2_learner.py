@@ -134,7 +134,7 @@ def test_the_optimizer_is_reset_when_asked(model: Path, reset: bool) -> None:
     made = learner(model)
     made.step(minibatch(), policy_loss, RATE)
     made.begin_iteration([minibatch()], reset_optimizer=reset)
-    moments = [moment.abs().max() for name, _ in made._sharded.policy.named_parameters() for moment in made._optimizer.moments(name)]
+    moments = [moment.abs().max() for name, _ in made._sharded.policy.named_parameters() for moment in made._optimizer.state(name).values()]
     assert bool(max(moments) == 0) is reset
     assert made._optimizer.steps == (0 if reset else 1)
 

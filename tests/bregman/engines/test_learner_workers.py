@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +12,11 @@ import learner_cases
 import pytest
 import ray
 import torch
-from learner_cases import LENGTHS, OPTIMIZER, broken_loss, make_model, minibatch, nan_loss, policy_loss, reference_loss
+from learner_cases import LENGTHS, OPTIMIZER, broken_loss, make_model, make_moe, minibatch, nan_loss, policy_loss, reference_loss
 from transformers import AutoModelForCausalLM
 
 from bregman.engines import cluster
-from bregman.engines.config import ClusterConfig, LearnerConfig
+from bregman.engines.config import ClusterConfig, LearnerConfig, MuonConfig
 from bregman.engines.learner_workers import LearnerWorkers
 from bregman.engines.weight_sync import read_tensors
 from bregman.errors import ClusterError, DataError, UserError
@@ -80,6 +80,26 @@ def test_two_ranks_equal_one(fresh: tuple[LearnerWorkers, LearnerWorkers], lengt
         assert dict(stats[0].metrics) == pytest.approx(dict(stats[1].metrics), rel=1e-5)
         assert stats[0].num_tokens == stats[1].num_tokens == sum(lengths)
     assert_close(one, two)
+
+
+@pytest.mark.parametrize("make", [make_model, make_moe])
+def test_two_ranks_equal_one_with_muon(
+    learners: tuple[LearnerWorkers, LearnerWorkers], make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    model = make(tmp_path / "model")
+    optimizer = MuonConfig(learning_rate=RATE, max_grad_norm=0.5, eps=1e-4)
+    start = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    for learner in learners:
+        learner.begin_stage(model, optimizer)
+    for step in range(3):
+        for learner in learners:
+            learner.step(minibatch(token_budget=30, num_ranks=learner.num_ranks, seed=step), policy_loss, RATE)
+    expected = weights(learners[0])
+    for name, tensor in weights(learners[1]).items():
+        if name in start:  # experts have other names on disk
+            moved = (expected[name] - start[name]).norm()
+            assert float((tensor - expected[name]).norm()) < 2e-3 * float(moved), name
+        torch.testing.assert_close(tensor, expected[name], atol=2e-5, rtol=1e-4)
 
 
 def test_an_iteration_starts_exactly_at_its_reference(fresh: tuple[LearnerWorkers, LearnerWorkers]) -> None:
