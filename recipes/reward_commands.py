@@ -18,7 +18,7 @@ from typing import Any
 from bregman.errors import RecipeError, UserError
 from bregman.types import Group, Problem, Trajectory
 from evals.config import EvalConfig
-from recipes.schema import Recipe, RLStage, SFTStage, Stage, load_recipe
+from recipes.schema import EvalStage, Recipe, RLStage, SFTStage, Stage, load_recipe
 from rewards.config import RewardsConfig
 from rewards.pool import RewardPool
 from rewards.sandbox import isolation
@@ -167,7 +167,7 @@ def _judged_part(stage: Stage) -> _Judged | None:
         return _Judged(config=stage, split="train")
     if isinstance(stage, SFTStage):
         return _Judged(config=stage.gate.evaluation, split="gate") if stage.gate else None
-    return _Judged(config=stage, split="eval")
+    return _Judged(config=stage, split="eval") if isinstance(stage, EvalStage) else None
 
 
 def _rollout_files(on: Path, stage: str, split: str) -> list[Path]:

@@ -15,7 +15,7 @@ from bregman.tracking.tracker import RunTracker
 from recipes import stages
 from recipes.context import Context, Saver, read_state
 from recipes.models import initial_model, load_tokenizer
-from recipes.schema import MODEL_KINDS, Recipe, RLStage, SFTStage, Stage
+from recipes.schema import MergeStage, Recipe, RLStage, SFTStage, Stage, latest_model, needs
 from recipes.workers import Workers
 
 
@@ -46,9 +46,11 @@ def _run_stages(recipe: Recipe, base: Path, folder: RunFolder, tracker: RunTrack
     learner = any(isinstance(recipe.stages[index], SFTStage | RLStage) for index in todo)
     engine = any(_needs_engine(recipe.stages[index]) for index in todo)
     with Workers(recipe, start, tokenizer, tracker, learner=learner, engine=engine) as workers:
-        context = Context(recipe=recipe, base=base, folder=folder, tracker=tracker, tokenizer=tokenizer, workers=workers)
+        context = Context(
+            recipe=recipe, base=base, folder=folder, start=start, tracker=tracker, tokenizer=tokenizer, workers=workers
+        )
         for index in todo:
-            _run_stage(context, index, _model_before(recipe, folder, index, start))
+            _run_stage(context, index, _model_before(context, index))
             write_report(folder.path)
 
 
@@ -75,20 +77,20 @@ def _unfinished(recipe: Recipe, folder: RunFolder, only: str | None) -> list[int
         return [index for index in range(len(names)) if index not in done]
     if only not in names:
         raise RecipeError("--stage", f"no stage `{only}`", f"choose one of {', '.join(names)}")
-    missing = next((names[i] for i in range(names.index(only)) if i not in done and recipe.stages[i].kind in MODEL_KINDS), None)
+    needed = needs(recipe, names.index(only))
+    missing = next((name for i, name in enumerate(names) if name in needed and i not in done), None)
     if missing is not None:
-        raise RecipeError("--stage", f"stage `{only}` starts from the model of `{missing}`, which is not finished", "run that one first")
+        raise RecipeError("--stage", f"stage `{only}` needs what stage `{missing}` leaves, which is not finished", "run that one first")
     return [] if names.index(only) in done else [names.index(only)]
 
 
-def _model_before(recipe: Recipe, folder: RunFolder, index: int, start: Path) -> Path:
-    """The model that the nearest stage before `index` that leaves one left, or the start model."""
-    for earlier in range(index - 1, -1, -1):
-        if recipe.stages[earlier].kind in MODEL_KINDS:
-            return folder.stage_folder(earlier, recipe.stages[earlier].name) / "model"
-    return start
+def _model_before(context: Context, index: int) -> Path:
+    """The model that a stage starts from: of the stage it names, else of the nearest one before it that leaves one."""
+    return context.model_of(context.recipe.stages[index].start_from or latest_model(context.recipe, index))
 
 
 def _needs_engine(stage: Stage) -> bool:
     """Whether a stage samples from the model."""
-    return not isinstance(stage, SFTStage) or stage.gate is not None
+    if isinstance(stage, SFTStage):
+        return stage.gate is not None
+    return not isinstance(stage, MergeStage)

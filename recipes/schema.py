@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, Field, NonNegativeInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat
 
 from bregman.config import Config, apply_overrides, parse, read_yaml
 from bregman.data.config import StageSource
@@ -23,28 +23,58 @@ from sft.config import SFTConfig
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="unique within the recipe; names its folder")]
 
 
-class SFTStage(SFTConfig):
+class NamedStage(Config):
+    """What every stage has."""
+
+    name: StageName
+    start_from: str | None = Field(
+        None, description="start from the model that this earlier stage left, or from the recipe's model (`start`); null: the latest model"
+    )
+
+
+class SFTStage(SFTConfig, NamedStage):
     kind: Literal["sft"] = "sft"
-    name: StageName
 
 
-class RLStage(RLConfig):
+class RLStage(RLConfig, NamedStage):
     kind: Literal["rl"] = "rl"
-    name: StageName
 
 
-class EvalStage(EvalConfig):
+class EvalStage(EvalConfig, NamedStage):
     kind: Literal["eval"] = "eval"
-    name: StageName
+
+
+class MergedModel(Config):
+    """A model to merge: the one a stage left (`start`: the recipe's own), or a folder."""
+
+    stage: str | None = None
+    path: str | None = Field(None, description="folder in Hugging Face format, relative to the recipe")
+    weight: PositiveFloat = Field(1.0, description="relative to the other models")
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_both(self) -> MergedModel:
+        if (self.stage is None) == (self.path is None):
+            raise ValueError("give `stage` or `path`, one of them")
+        return self
+
+
+class MergeStage(NamedStage):
+    """Weighted average of models, k1.5 sec. 2.4 (model merging for long2short)."""
+
+    kind: Literal["merge"] = "merge"
+    models: list[MergedModel] = Field(min_length=2)
 
 
 DATA_KINDS: tuple[str, ...] = ()
 """Stages that leave a data set (`recipes.context.data_file`) for `kind: stage` sources, and the model as it was."""
 
-MODEL_KINDS: tuple[str, ...] = ("sft", "rl")
+START = "start"
+"""What a recipe calls the model that it began with."""
+
+MODEL_KINDS: tuple[str, ...] = ("sft", "rl", "merge")
 """Stages that leave a model."""
 
-Stage = Annotated[SFTStage | RLStage | EvalStage, Field(discriminator="kind")]
+Stage = Annotated[SFTStage | RLStage | EvalStage | MergeStage, Field(discriminator="kind")]
 
 
 class Recipe(Config):
@@ -65,6 +95,19 @@ class Recipe(Config):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"two stages are named `{twice}`; give each a name of its own")
+        if START in names:
+            raise ValueError(f"stages[{names.index(START)}].name: `{START}` means the recipe's own model; choose another name")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _starts_exist(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            left = [START, *(earlier.name for earlier in self.stages[:index] if earlier.kind in MODEL_KINDS)]
+            merged = {f"models[{i}].stage": model.stage for i, model in enumerate(stage.models)} if isinstance(stage, MergeStage) else {}
+            for key, name in {"start_from": stage.start_from, **merged}.items():
+                if name is not None and name not in left:
+                    found = f"stages[{index}].{key}: no earlier stage `{name}` leaves a model"
+                    raise ValueError(f"{found}; there is: {', '.join(left)}")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -100,6 +143,20 @@ def sources(section: Any) -> Iterator[Any]:
             yield from sources(item)
 
 
+def latest_model(recipe: Recipe, index: int) -> str:
+    """The stage before `index` that left the latest model, or `start`."""
+    return [START, *(stage.name for stage in recipe.stages[:index] if stage.kind in MODEL_KINDS)][-1]
+
+
+def needs(recipe: Recipe, index: int) -> set[str]:
+    """Names of the stages whose model or data set a stage starts from; `start` for the recipe's own model."""
+    stage = recipe.stages[index]
+    data = {source.stage for source in sources(stage) if isinstance(source, StageSource)}
+    if isinstance(stage, MergeStage):
+        return data | {model.stage for model in stage.models if model.stage is not None}
+    return data | {stage.start_from or latest_model(recipe, index)}
+
+
 def samplings(stage: Stage) -> dict[str, Any]:
     """Every sampling section of a stage, by its key within the stage."""
     match stage:
@@ -108,8 +165,10 @@ def samplings(stage: Stage) -> dict[str, Any]:
             return {"rollout": stage.rollout, **evaluation}
         case EvalStage():
             return {"sampling": stage.sampling}
-        case _:
+        case SFTStage():
             return {"gate.evaluation.sampling": stage.gate.evaluation.sampling} if stage.gate else {}
+        case _:
+            return {}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -64,7 +64,7 @@ RECIPE = {
             "tokens_per_step": 64,
             "max_length": 20,
             "sources": [source("conversations")],
-            "optimizer": {"learning_rate": 0.001},
+            "optimizer": {"kind": "adamw", "learning_rate": 0.001},
         },
         {
             "kind": "rl",
@@ -75,7 +75,7 @@ RECIPE = {
             "problems": source("problems"),
             "rollout": {"num_samples": 4, "max_tokens": 8},
             "rewards": rewards("task.py:right"),
-            "optimizer": {"learning_rate": 0.001},
+            "optimizer": {"kind": "adamw", "learning_rate": 0.001},
         },
     ],
 }
@@ -110,6 +110,10 @@ def sft(**changes):
 
 def rl(**changes):
     return lambda data: data["stages"][1].update(changes)
+
+
+def merge(*models):
+    return lambda data: data["stages"].append({"kind": "merge", "name": "merged", "models": list(models)})
 
 
 def one_line(capsys, code: int) -> str:
@@ -159,6 +163,13 @@ def test_check_warns_that_tau_has_no_effect_with_one_step(recipe, capsys):
         (sft(sources=[source("broken")]), "colour"),
         (sft(max_length=13), "4 of 4 conversations are above max_length 13; set max_length: 14, or too_long: skip"),
         (sft(max_length=13, too_long="skip"), "no conversation is left"),
+        (sft(optimizer={"kind": "moun", "learning_rate": 0.001}), "did you mean `muon`?"),
+        (merge({"stage": "sft"}, {"stage": "rll"}), "models[1].stage: no earlier stage `rll` leaves a model; there is: start, sft, rl"),
+        (merge({"stage": "sft"}, {"path": "missing"}), "missing; give a folder in Hugging Face format"),
+        (merge({"stage": "sft"}, {"stage": "rl", "path": "x"}), "give `stage` or `path`, one of them"),
+        (rl(start_from="merged"), "no earlier stage `merged` leaves a model; there is: start, sft"),
+        (sft(name="start"), "`start` means the recipe's own model"),
+        (rl(problems={"kind": "stage", "stage": "sft"}), "no earlier stage `sft` makes a data set; there is: none"),
         (sft(gate=GATE), "metric `acuracy` is not measured; choose one of accuracy"),
         (sft(sources=[source("conversations", cuont=3)]), "cuont"),
         (lambda data: data["model"].update(alphabet="01234567"), "+"),
