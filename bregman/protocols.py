@@ -120,6 +120,9 @@ class Tracker(Protocol):
     def rollouts(self, step: int, groups: Sequence[Group], *, split: str = "train") -> None:
         """Store every trajectory of an iteration."""
 
+    def plan(self, total_steps: int) -> None:
+        """Say how many steps the stage will take, where that shows only once it runs."""
+
     def waiting_for(self, what: str) -> None:
         """Say on the console what the run is waiting for."""
 

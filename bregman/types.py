@@ -57,15 +57,17 @@ class Conversation:
 
     Attributes:
         id: unique within its source; named in errors.
-        messages: all turns, the assistant's included.
+        messages: all turns, the assistant's included; one with `train: false` is not a training target.
         images: image payloads in the order of their placeholders.
         source: name of the data source.
+        tools: schemas of the functions that the assistant may call, as chat templates take them.
     """
 
     id: str
     messages: tuple[Message, ...]
     images: tuple[Any, ...] = ()
     source: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

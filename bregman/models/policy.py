@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bregman.models.attention import boundary_arguments
-from bregman.models.logprobs import chunked_token_logprobs, token_logprobs
+from bregman.models.attention import Context, boundary_arguments
+from bregman.models.logprobs import aligned, next_token_logprobs, token_logprobs
 
 IMAGE_ARGUMENTS = ("pixel_values", "image_grid", "image_positions", "image_rows")
 """Fields of a `PackedBatch` that reach the body of a vision-language model by the same name."""
@@ -26,7 +26,6 @@ class PolicyModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self._vocabulary = int(model.get_output_embeddings().weight.shape[0])
 
     def forward(
         self,
@@ -34,6 +33,7 @@ class PolicyModel(nn.Module):
         position_ids: torch.Tensor,
         boundaries: torch.Tensor,
         temperature: float = 1.0,
+        context: Context | None = None,
         **images: torch.Tensor,
     ) -> torch.Tensor:
         """Log-probability of each token given the tokens before it in its own sequence; float32 [T], 0 at first tokens.
@@ -43,13 +43,18 @@ class PolicyModel(nn.Module):
             position_ids: int64 [T].
             boundaries: int32 [S + 1], cumulative sequence lengths.
             temperature: logits are divided by it.
+            context: this rank's part of the pack, where several ranks share it; all of them get the whole result.
             images: `IMAGE_ARGUMENTS`, all of them or none.
         """
-        output = self.model.base_model(
-            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, **boundary_arguments(boundaries), **images
-        )
-        head = self.model.get_output_embeddings()
-        return chunked_token_logprobs(output.last_hidden_state[0], head, self._vocabulary, token_ids, boundaries, temperature)
+        body = getattr(self.model, "body", self.model.base_model)
+        next_ids = token_ids.roll(-1)
+        arguments = boundary_arguments(boundaries)
+        if context is not None:
+            token_ids, position_ids, next_ids = (context.take(values) for values in (token_ids, position_ids, next_ids))
+            arguments, images = {"context": context}, context.take_images(images)
+        output = body(input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, **arguments, **images)
+        logprobs = next_token_logprobs(output.last_hidden_state[0], self.model.get_output_embeddings(), next_ids, temperature)
+        return aligned(logprobs if context is None else context.gather(logprobs), boundaries)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ here with numpy and configs as JSON: importing the model class would cost the st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,13 +34,24 @@ def make_tiny_qwen3(config: TinyQwen3Config, seed: int, folder: Path) -> None:
     Raises:
         DataError: `folder` exists already, or cannot be written.
     """
+    with new_folder(folder) as aside:
+        _write(config, seed, aside)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write a model into, renamed to `folder` at the end of the block, or removed if the block fails.
+
+    Raises:
+        DataError: `folder` exists already, or cannot be written.
+    """
     if folder.exists():
         raise DataError(str(folder), "already exists", "remove it or choose another folder for the model")
     aside: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-        _write(config, seed, aside)
+        yield aside
         aside.chmod(0o755)  # mkdtemp makes it private
         os.replace(aside, folder)
     except OSError as error:
