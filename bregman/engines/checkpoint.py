@@ -97,6 +97,10 @@ def _state(model: nn.Module, optimizer: ShardedOptimizer, rank: int) -> dict[str
             state[f"optimizer.{moment}.{name}"] = DTensor.from_local(
                 local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
             )
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:  # the router correction bias of a mixture of experts
+            state[f"weights.{name}"] = buffer
     return state
 
 

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,26 @@ def wait(refs: Sequence[Any], *, what: str, timeout: float) -> list[Any]:
     except ray.exceptions.RayActorError as error:
         died = f"the worker died ({_first_line(error)})"
         raise ClusterError(what, died, f"its log is in {log_folder()}; the same command resumes the run") from error
+
+
+def run_alone(function: Callable[..., Any], *arguments: Any, what: str, timeout: float, gpus: float = 0, **options: Any) -> Any:
+    """Call `function` once in a process of its own, which ends with it.
+
+    Args:
+        what: names the wait in errors.
+        timeout: seconds; then the process is killed.
+        gpus: that the process sees.
+
+    Raises:
+        UserError: as raised inside; ClusterError: the deadline passed, or the process died.
+    """
+    task = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0).remote(*arguments, **options)
+    try:
+        return wait([task], what=what, timeout=timeout)[0]
+    except ray.exceptions.WorkerCrashedError as error:
+        raise ClusterError(what, "its process died", f"its log is in {log_folder()}; the same command resumes the run") from error
+    finally:
+        ray.cancel(task, force=True)
 
 
 def log_folder() -> str:

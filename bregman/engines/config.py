@@ -21,6 +21,7 @@ class ClusterConfig(Config):
     reward_workers: PositiveInt = Field(1, description="processes that run reward functions")
     gpus_per_rollout_worker: NonNegativeFloat = Field(0, description="GPUs of one engine; its tensor-parallel size if > 1")
     gpus_per_learner_worker: NonNegativeFloat = 0
+    gpu_memory_gib: PositiveFloat | None = Field(None, description="memory of one GPU, for the plan that `check` prints")
     start_timeout: PositiveFloat = Field(300.0, description="seconds for a worker to come up")
     step_timeout: PositiveFloat = Field(3600.0, description="seconds for one call to a worker")
 
@@ -54,6 +55,9 @@ class LearnerConfig(Config):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: weights and optimizer stay float32")
     tokens_per_micro_batch: PositiveInt = Field(8192, description="token budget of one forward pass of one rank")
     activation_checkpointing: bool = False
+    context_parallel: PositiveInt = Field(
+        1, description="ranks that share the tokens of a micro-batch; cluster.learner_workers is a multiple of it"
+    )
     threads: PositiveInt = Field(1, description="CPU threads of one learner rank")
 
 
@@ -97,6 +101,7 @@ class ModelTraining(Config):
         None, min_length=1, description="parts that train; the others stay as they are; null: all"
     )
     rope_theta: PositiveFloat | None = Field(None, description="base of the rotary embedding from this stage on (context extension)")
+    max_position_embeddings: PositiveInt | None = Field(None, description="window of the model from this stage on (context extension)")
     router_bias_rate: NonNegativeFloat = Field(
         0.0, description="mixture of experts: step of the router correction bias towards an even load, per optimizer step; 0 keeps it"
     )

@@ -18,12 +18,16 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from bregman.engines import checkpoint
 from bregman.engines.config import LearnerConfig, ModelTraining, OptimizerConfig
+from bregman.engines.context_parallel import ContextShard
 from bregman.engines.optimizer import ShardedOptimizer
-from bregman.engines.sharding import ShardedPolicy
+from bregman.engines.sharding import ShardedPolicy, load_on_first_rank
 from bregman.engines.weight_sync import SharedMemoryWriter, WeightHandle
-from bregman.errors import UserError
-from bregman.models.loading import TOKENIZER_FILES, load_policy
+from bregman.errors import DataError, UserError
+from bregman.models.expert_load import ExpertLoad
+from bregman.models.loading import TOKENIZER_FILES
+from bregman.models.parts import train_only
 from bregman.models.policy import IMAGE_ARGUMENTS
+from bregman.models.rope import rope_of
 from bregman.protocols import LossFunction
 from bregman.types import PackedBatch, StepStats
 
@@ -34,7 +38,8 @@ Logprobs = tuple[torch.Tensor, torch.Tensor | None]
 class FSDP2Learner:
     """The per-rank side of `bregman.protocols.Learner`; every method is called on all ranks in the same order.
 
-    `torch.distributed` must be initialised. Micro-batches passed in are this rank's own.
+    `torch.distributed` must be initialised. Micro-batches passed in are this rank's own; with context parallelism, the same on the n
+    consecutive ranks that share them. Weights are sharded over all ranks either way.
 
     Args:
         config: precision and memory.
@@ -46,6 +51,8 @@ class FSDP2Learner:
     def __init__(self, config: LearnerConfig, *, rank: int, world_size: int, device: torch.device) -> None:
         self._config, self._rank, self._world_size, self._device = config, rank, world_size, device
         self._mesh = init_device_mesh(device.type, (world_size,))
+        self._context_group = _context_group(device, world_size, config.context_parallel)
+        self._speaks = rank % config.context_parallel == 0
         self._writer: SharedMemoryWriter | None = None
 
     def begin_stage(
@@ -55,11 +62,17 @@ class FSDP2Learner:
 
         Raises:
             DataError: the folder is no model that can be trained here.
+            RecipeError: a part shall train that the model does not have.
         """
         for held in ("_sharded", "_fixed", "_optimizer"):
             self.__dict__.pop(held, None)  # free the last stage's weights before the next are loaded
         self._source, self._training = model, training or ModelTraining()
+        if self._training.rope_theta is not None and self._training.rope_theta != rope_of(model)[0]:
+            raise ValueError(f"{model} has another rotary base than the stage; `bregman.models.rope.extended` makes the folder to start from")
         self._sharded = self._load(model)
+        if self._context_group is not None:
+            self._check_context(model, self._context_group)
+        self._expert_load = ExpertLoad(self._sharded.policy)
         self._fixed = self._load(model, frozen=True) if keep_fixed_reference else None
         self._optimizer_config = optimizer
         self._optimizer = ShardedOptimizer(self._sharded.policy, optimizer)
@@ -81,23 +94,28 @@ class FSDP2Learner:
             UserError: the loss or the gradient is not finite; the weights are as before.
         """
         started = time.perf_counter()
+        self._expert_load.clear()
         total, metrics = self._accumulate(batches, loss)
         names = sorted(metrics)
-        sums = [total, self._optimizer.local_norm() ** 2, _real_tokens(batches), *(metrics[name] for name in names)]
-        total, squared_norm, num_tokens, *values = self._sum_over_ranks(sums)
+        sums = [total, _real_tokens(batches), *(metrics[name] for name in names)]
+        if not self._speaks:  # another rank counts the same micro-batches
+            sums = [0.0] * len(sums)
+        own = [self._optimizer.local_norm() ** 2, *sums, *self._expert_load.counts()]
+        squared_norm, total, num_tokens, *values = self._sum_over_ranks(own)
         norm = math.sqrt(squared_norm)
         if not (math.isfinite(total) and math.isfinite(norm)):
             self._optimizer.clear()
             what = f"the loss is {total}" if not math.isfinite(total) else f"the norm of the gradient is {norm}"
             raise UserError("learner", f"{what}; the weights were left as they were", "lower optimizer.learning_rate, or look at the data")
         self._optimizer.step(learning_rate, gradient_scale=min(1.0, self._optimizer_config.max_grad_norm / (norm + 1e-6)))
+        balance = self._expert_load.balance(values[len(names) :], self._training.router_bias_rate)
         return StepStats(
             loss=total,
             grad_norm=norm,
             learning_rate=learning_rate,
             num_tokens=int(num_tokens),
             seconds=time.perf_counter() - started,
-            metrics=dict(zip(names, values, strict=True)),
+            metrics={**dict(zip(names, values[: len(names)], strict=True)), **balance},
         )
 
     def save_checkpoint(self, folder: Path) -> None:
@@ -131,12 +149,21 @@ class FSDP2Learner:
 
     def _load(self, model: Path, *, frozen: bool = False) -> ShardedPolicy:
         dtype = torch.bfloat16 if self._config.dtype == "bfloat16" else torch.float32
-        policy = load_policy(model).requires_grad_(not frozen)
-        return ShardedPolicy(policy, self._mesh, dtype=dtype, activation_checkpointing=self._config.activation_checkpointing and not frozen)
+        policy = load_on_first_rank(model)
+        whole = {name: parameter.detach() for name, parameter in policy.named_parameters()} if self._rank == 0 else {}
+        if frozen:
+            policy.requires_grad_(False)
+        else:
+            train_only(policy, self._training.train)
+        checkpointing = self._config.activation_checkpointing and not frozen
+        sharded = ShardedPolicy(policy, self._mesh, dtype=dtype, activation_checkpointing=checkpointing)
+        if self._world_size > 1:
+            sharded.scatter(whole)
+        return sharded
 
     def _logprobs(self, sharded: ShardedPolicy, minibatches: Sequence[Sequence[PackedBatch]]) -> list[list[torch.Tensor]]:
         with torch.no_grad():
-            result = [[_forward(sharded, _to(batch, self._device)).cpu() for batch in batches] for batches in minibatches]
+            result = [[self._forward(sharded, _to(batch, self._device)).cpu() for batch in batches] for batches in minibatches]
         sharded.reshard()
         return result
 
@@ -148,12 +175,33 @@ class FSDP2Learner:
         for index, batch in enumerate(batches):
             self._sharded.before_backward(last=index == len(batches) - 1)
             batch = _to(batch, self._device)
-            value, parts = loss(_forward(self._sharded, batch), batch)
+            value, parts = loss(self._forward(self._sharded, batch), batch)
             value.backward()
             total += float(value.detach())
             for name, part in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + float(part)
         return total, metrics
+
+    @torch.no_grad()
+    def _check_context(self, model: Path, group: dist.ProcessGroup) -> None:
+        """Refuse an architecture whose layers mix tokens other than through attention: spread over ranks it would be wrong."""
+        lengths = torch.tensor([13, 6], device=self._device)
+        inputs = torch.arange(19, device=self._device) % 7, torch.cat([torch.arange(int(n), device=self._device) for n in lengths])
+        boundaries = torch.tensor([0, 13, 19], dtype=torch.int32, device=self._device)
+        try:
+            shared = self._sharded.policy(*inputs, boundaries, 1.0, ContextShard(boundaries, group))
+            difference = float((shared - self._sharded.policy(*inputs, boundaries)).abs().mean())
+        except ValueError as error:
+            raise DataError(str(model), str(error), "set learner.context_parallel to 1") from error
+        self._sharded.reshard()
+        if not difference < (1e-4 if self._config.dtype == "float32" else 0.1):
+            found = f"its log-probabilities on several ranks differ from those on one (by {difference:.2g} nats)"
+            raise DataError(str(model), found, "set learner.context_parallel to 1")
+
+    def _forward(self, sharded: ShardedPolicy, batch: PackedBatch) -> torch.Tensor:
+        images = {name: value for name in IMAGE_ARGUMENTS if (value := getattr(batch, name)) is not None}
+        context = None if self._context_group is None else ContextShard(batch.boundaries, self._context_group)
+        return sharded.policy(batch.token_ids, batch.position_ids, batch.boundaries, batch.temperature, context, **images)
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         if self._world_size == 1:
@@ -163,9 +211,11 @@ class FSDP2Learner:
         return tensor.tolist()
 
 
-def _forward(sharded: ShardedPolicy, batch: PackedBatch) -> torch.Tensor:
-    images = {name: value for name in IMAGE_ARGUMENTS if (value := getattr(batch, name)) is not None}
-    return sharded.policy(batch.token_ids, batch.position_ids, batch.boundaries, batch.temperature, **images)
+def _context_group(device: torch.device, world_size: int, size: int) -> dist.ProcessGroup | None:
+    """The `size` consecutive ranks that share their micro-batches with this one; None where it works on its own."""
+    if size == 1:
+        return None
+    return init_device_mesh(device.type, (world_size // size, size), mesh_dim_names=("data", "context"))["context"].get_group()
 
 
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:

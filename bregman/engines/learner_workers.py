@@ -34,7 +34,9 @@ class LearnerWorkers:
     """Starts one actor per rank and returns at once; any call waits for them."""
 
     def __init__(self, learner: LearnerConfig, config: ClusterConfig) -> None:
-        self._config = config
+        if config.learner_workers % learner.context_parallel:
+            raise ValueError(f"{config.learner_workers} ranks cannot be divided into groups of {learner.context_parallel}")
+        self._config, self._context = config, learner.context_parallel
         self._actors = [_start_actor(learner, config, rank) for rank in range(config.learner_workers)]
         address = self._actors[0].serve.remote()
         self._started = [actor.join.remote(address) for actor in self._actors]
@@ -56,7 +58,8 @@ class LearnerWorkers:
 
     @property
     def num_ranks(self) -> int:
-        return len(self._actors)
+        """Groups of ranks with micro-batches of their own: all ranks, unless `learner.context_parallel` of them share theirs."""
+        return len(self._actors) // self._context
 
     def begin_stage(
         self, model: Path, optimizer: OptimizerConfig, *, training: ModelTraining | None = None, keep_fixed_reference: bool = False
@@ -74,9 +77,9 @@ class LearnerWorkers:
             self._check(minibatch)
         answers = self._each(
             "begin_iteration",
-            [([self._share(minibatch, rank) for minibatch in minibatches],) for rank in range(self.num_ranks)],
+            [([self._share(minibatch, rank) for minibatch in minibatches],) for rank in range(len(self._actors))],
             reset_optimizer=reset_optimizer,
-        )
+        )[:: self._context]
         return [
             [
                 _with_logprobs(batch, answers[position % self.num_ranks][index][position // self.num_ranks])
@@ -92,7 +95,7 @@ class LearnerWorkers:
             UserError: loss or gradient is not finite; the weights are as before.
         """
         self._check(minibatch)
-        return self._each("step", [(self._share(minibatch, rank), loss, learning_rate) for rank in range(self.num_ranks)])[0]
+        return self._each("step", [(self._share(minibatch, rank), loss, learning_rate) for rank in range(len(self._actors))])[0]
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write weights, optimizer and RNG states into `folder`, which exists and which every rank can see."""
@@ -124,10 +127,10 @@ class LearnerWorkers:
             raise ValueError(f"{len(minibatch)} micro-batches cannot be spread over {self.num_ranks} ranks; pack with num_ranks")
 
     def _share(self, minibatch: MiniBatch, rank: int) -> list[PackedBatch]:
-        return list(minibatch)[rank :: self.num_ranks]
+        return list(minibatch)[rank // self._context :: self.num_ranks]
 
     def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
-        return self._each(method, [arguments] * self.num_ranks, **options)
+        return self._each(method, [arguments] * len(self._actors), **options)
 
     def _each(self, method: str, arguments: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
         """Call `method` on every rank with its own arguments; the results by rank."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,9 @@ from bregman.engines.config import AdamWConfig, MuonConfig
 from bregman.engines.muon import muon_directions
 from bregman.errors import RecipeError
 from bregman.models.parts import part_of
-from bregman.models.policy import PolicyModel
+
+if TYPE_CHECKING:
+    from bregman.models.policy import PolicyModel
 
 State = dict[str, torch.Tensor]
 

@@ -22,7 +22,7 @@ from bregman.engines import cluster
 from bregman.engines.config import ClusterConfig, EngineConfig, SamplingConfig
 from bregman.engines.vllm_engine import EAGER_ENV, VLLM_ENV, Generation, GenerationRequest, VLLMEngine, check_fits
 from bregman.engines.weight_sync import WeightHandle, folder_handle, resolve_backend
-from bregman.errors import ClusterError, DataError
+from bregman.errors import ClusterError
 from bregman.types import Group, Problem, Segment, Trajectory
 
 if TYPE_CHECKING:
@@ -179,8 +179,6 @@ class RolloutWorkers:
         seen: Counter[str] = Counter()
         requests = []
         for problem in problems:
-            if problem.images:
-                raise DataError(f"problem {problem.id}", "has images; the rollout engine samples from text prompts only", "drop it")
             group = [
                 GenerationRequest(
                     prompt_ids=tuple(problem.prompt_ids),
@@ -190,6 +188,8 @@ class RolloutWorkers:
                     seed=_stream(seed, problem.id, seen[problem.id], sample),
                     stop_token_ids=self.stop_token_ids,
                     stop_on_repetition=sampling.stop_on_repetition,
+                    images=problem.patches,
+                    image_positions=problem.image_positions,
                 )
                 for sample in range(sampling.num_samples)
             ]

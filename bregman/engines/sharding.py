@@ -5,14 +5,19 @@ Owns every call into `torch.distributed.fsdp`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from bregman.errors import DataError
+from bregman.models.loading import load_policy, policy_like
 from bregman.models.policy import PolicyModel
 
 SMALL_MODEL = 50_000_000
@@ -23,7 +28,8 @@ class ShardedPolicy:
     """A policy sharded over the ranks of a mesh.
 
     Args:
-        policy: the full model on the CPU, the same on each rank; it is sharded in place and moved to the mesh's device.
+        policy: the full model on the CPU, the same on each rank (or to be `scatter`ed); it is sharded in place and moved to the
+            mesh's device.
         mesh: one dimension.
         dtype: precision of computation and gathered weights; sharded weights and gradient reduction are float32.
     """
@@ -35,6 +41,8 @@ class ShardedPolicy:
         precision = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
         per_layer = mesh.device_type != "cpu" or sum(p.numel() for p in policy.parameters()) > SMALL_MODEL
         if per_layer:
+            model: Any = policy.model
+            model.always_encode = True  # vision blocks are gathered one by one: every rank has to ask for them, images or not
             layer_types = set(policy.model._no_split_modules or ())
             for module in policy.model.modules():
                 if type(module).__name__ in layer_types:
@@ -46,6 +54,17 @@ class ShardedPolicy:
                 # Losses are divided by a global normaliser, so gradients add up over ranks; gloo has sums only.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+    @torch.no_grad()
+    def scatter(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take over the full `weights` of rank 0, by parameter name, one after the other, and its buffers; empty on other ranks."""
+        for name, parameter in self.policy.named_parameters():
+            assert isinstance(parameter, DTensor)
+            local = parameter.to_local()
+            whole = weights[name].to(local.device) if weights else torch.empty(parameter.shape, dtype=local.dtype, device=local.device)
+            local.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local())
+        for buffer in self.policy.buffers():
+            dist.broadcast(buffer, src=0)
 
     def before_backward(self, *, last: bool) -> None:
         """Announce a micro-batch. A small model adds gradients up on each rank and reduces them after the last micro-batch only; a
@@ -80,6 +99,28 @@ class ShardedPolicy:
     def _root(self) -> FSDPModule:
         assert isinstance(self.policy, FSDPModule)
         return self.policy
+
+
+def load_on_first_rank(folder: Path) -> PolicyModel:
+    """The policy in `folder`, read by rank 0 alone; the other ranks get the same without its weights, for `ShardedPolicy.scatter`.
+
+    Raises:
+        DataError: on every rank, if the folder is no model that can be trained here.
+    """
+    if dist.get_world_size() == 1:
+        return load_policy(folder)
+    policy: PolicyModel | None = None
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            policy = load_policy(folder)
+            answer = [(type(policy.model), policy.model.config)]
+        except DataError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], DataError):
+        raise answer[0]
+    return policy if policy is not None else policy_like(*answer[0])
 
 
 def _unique_state(policy: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:

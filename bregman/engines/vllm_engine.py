@@ -6,6 +6,8 @@ imported when an engine is made, since its environment variables must be set bef
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import time
 import traceback
@@ -14,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from bregman.engines import vllm_plugin
 from bregman.engines.config import EngineConfig
 from bregman.engines.weight_sync import WeightHandle, check_current, folder_handle
 from bregman.errors import ClusterError, RecipeError
-from bregman.types import FinishReason
+from bregman.types import FinishReason, ImagePatches
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
@@ -29,6 +34,7 @@ VLLM_ENV: Mapping[str, str] = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 EAGER_ENV: Mapping[str, str] = {"TORCHDYNAMO_DISABLE": "1"}  # without it even eager mode compiles the samplers on a CPU
+CPU_LATENT_SIZE = 576  # kv_lora_rank + qk_rope_head_dim of vLLM's CPU kernel
 
 # A loop is the same 4 to 64 tokens six times over; shorter patterns loop at a multiple of their length.
 REPETITION = {"min_pattern_size": 4, "max_pattern_size": 64, "min_count": 6}
@@ -47,6 +53,8 @@ class GenerationRequest:
         stop_token_ids: tokens that end a response; the sampled one is part of it.
         prefix_ids: the response so far, to be continued; not part of the result.
         stop_on_repetition: end looping responses early.
+        images: as the learner takes them, in the order in which the prompt shows them; requests that share an image share the object.
+        image_positions: places in `prompt_ids` of the tokens that stand for image features, ascending.
     """
 
     prompt_ids: tuple[int, ...]
@@ -57,6 +65,8 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     prefix_ids: tuple[int, ...] = ()
     stop_on_repetition: bool = False
+    images: tuple[ImagePatches, ...] = ()
+    image_positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +84,23 @@ class Generation:
     finish_reason: FinishReason
 
 
-def set_environment(config: EngineConfig) -> None:
-    """Set what vLLM reads from the environment at import, where the user has not."""
-    for name, value in {**VLLM_ENV, **(EAGER_ENV if config.enforce_eager else {})}.items():
+def set_environment(model: Path, config: EngineConfig) -> None:
+    """Set what vLLM reads from the environment, where the user has not."""
+    for name, value in {**VLLM_ENV, **(EAGER_ENV if config.enforce_eager else {}), **latent_attention(model)}.items():
         os.environ.setdefault(name, value)
+
+
+def latent_attention(model: Path) -> dict[str, str]:
+    """vLLM's multi-head latent attention on a CPU knows one size, DeepSeek's; models of other sizes use plain attention there."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}  # vLLM says what is wrong with the folder
+    text = config.get("text_config") or config
+    rank = text.get("kv_lora_rank")
+    if not rank or torch.cuda.is_available() or rank + text.get("qk_rope_head_dim", 0) == CPU_LATENT_SIZE:
+        return {}
+    return {"VLLM_MLA_DISABLE": "1"}
 
 
 class VLLMEngine:
@@ -97,7 +120,7 @@ class VLLMEngine:
         self.config = config
         self.expected = _shapes(folder_handle(Path(model)))
         self.broken = ""
-        set_environment(config)
+        set_environment(Path(model), config)
         started = time.perf_counter()
         try:
             self.llm: LLMEngine = _start(model, config, seed, tensor_parallel)
@@ -110,23 +133,24 @@ class VLLMEngine:
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Sample all requests; results in the order of `requests`.
 
-        All requests are admitted in order before the first step and the prefix cache starts empty, so equal calls on equal
-        weights return equal tokens and log-probabilities bit for bit.
+        All requests are admitted in order before the first step and the caches start empty, so equal calls on equal weights return
+        equal tokens and log-probabilities bit for bit. An image is encoded once per call, however many requests show it.
 
         Raises:
-            RecipeError: a request does not fit `max_model_len`.
+            RecipeError: a request does not fit `max_model_len`, or has images that the model cannot take.
             ClusterError: an earlier weight update failed half-way.
         """
         if self.broken:
             raise ClusterError("engine", f"its weights are incomplete since an update failed ({self.broken})", "restart the worker")
         for index, request in enumerate(requests):
             check_fits(request, self.config.max_model_len, f"request {index}")
+        prompts = self._prompts(requests)
         self.llm.reset_prefix_cache()
+        self.llm.reset_encoder_cache()
         generations: list[Generation | None] = [None] * len(requests)
         try:
-            for index, request in enumerate(requests):
-                ids = [*request.prompt_ids, *request.prefix_ids]
-                self.llm.add_request(str(index), {"prompt_token_ids": ids}, _sampling_params(request))
+            for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+                self.llm.add_request(str(index), prompt, _sampling_params(request))
             while self.llm.has_unfinished_requests():
                 outputs: list[Any] = self.llm.step()
                 for output in outputs:
@@ -137,6 +161,22 @@ class VLLMEngine:
             if unfinished:  # an interrupted call must not leak into the next one
                 self.llm.abort_request(unfinished)
         return [generation for generation in generations if generation is not None]
+
+    def _prompts(self, requests: Sequence[GenerationRequest]) -> list[Any]:
+        from vllm.inputs.engine import tokens_input
+
+        processor: Any = self.llm.renderer.mm_processor
+        prompts: list[Any] = []
+        seen: dict[int, Any] = {}
+        for index, request in enumerate(requests):
+            ids = [*request.prompt_ids, *request.prefix_ids]
+            if not request.images:
+                prompts.append(tokens_input(ids))
+            elif processor is None:
+                raise RecipeError(f"request {index}", "has images, and the model is a text model", "use a vision model")
+            else:
+                prompts.append(processor.engine_input(ids, request.images, request.image_positions, seen))
+        return prompts
 
     def load_weights(self, handle: WeightHandle, version: int) -> dict[str, float]:
         """Take over the weights of `handle` as policy `version`; loading the same handle again changes nothing.
@@ -198,6 +238,10 @@ def _start(model: str, config: EngineConfig, seed: int, tensor_parallel: int) ->
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
+    vllm_plugin.register()  # also where Bregman is on the path but not installed, so that vLLM finds no entry point
+    if current_platform.is_cpu() and not vllm_plugin.has_known_bugs():
+        logging.getLogger(__name__).warning("workarounds of vLLM's CPU bugs are for vLLM %d.%d only", *vllm_plugin.WRITTEN_FOR)
+
     # A partial prefill rewinds the request's random generator, which on a CPU is an error ("CPU Generator does not use offset", vLLM 0.32):
     # prompts are prefilled whole there.
     chunked_prefill = not current_platform.is_cpu()
@@ -213,11 +257,12 @@ def _start(model: str, config: EngineConfig, seed: int, tensor_parallel: int) ->
         "seed": seed,
         "tensor_parallel_size": tensor_parallel,
         "skip_tokenizer_init": True,
+        "mm_processor_cache_gb": 0,  # requests bring patches, not images
         "generation_config": "vllm",  # nothing from the folder's generation_config.json: requests say everything
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
         "disable_log_stats": True,
         "weight_transfer_config": WeightTransferConfig(backend="bregman_shared_memory"),
-        "worker_extension_cls": "bregman.engines.vllm_plugin.WorkerExtension",
+        "worker_extension_cls": "bregman.engines.vllm_transfer.WorkerExtension",
     }
     if config.kv_cache_mib is not None:
         arguments["kv_cache_memory_bytes"] = config.kv_cache_mib * 2**20

@@ -1,7 +1,7 @@
 """Moving the learner's weights into rollout engines: what is sent (a handle), who writes it, and how it is read.
 
 Owns the flat shared-memory segment and the handles of weights; works without vLLM, so that a learner process can import it. The
-vLLM side is in `vllm_plugin`. One node only: a segment is visible to the processes of one machine.
+vLLM side is in `vllm_transfer`. One node only: a segment is visible to the processes of one machine.
 """
 
 from __future__ import annotations

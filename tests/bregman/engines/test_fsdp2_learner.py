@@ -100,6 +100,24 @@ def test_activation_checkpointing_gives_the_same_bits(model: Path) -> None:
     assert_same_bits(weights(plain), weights(recomputing))
 
 
+def test_activation_checkpointing_holds_less(tmp_path: Path) -> None:
+    deep, batch = make_model(tmp_path, layers=8), minibatch()[0]
+    held: dict[bool, int] = {}
+    for checkpointing in (False, True):
+        made, sizes = learner(deep, activation_checkpointing=checkpointing), dict[int, int]()
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = policy_loss(made._forward(made._sharded, batch), batch)
+        loss.backward()
+        weights = sum(4 * p.numel() for p in made._sharded.policy.parameters())
+        held[checkpointing] = sum(sizes.values()) - (0 if checkpointing else weights)  # weights are saved as well
+    assert held[True] < held[False] / 4
+
+
 def test_bfloat16_trains_and_keeps_float32_weights(model: Path) -> None:
     made = learner(model, dtype="bfloat16")
     losses = [made.step(minibatch(), policy_loss, 1e-2).loss for _ in range(20)]

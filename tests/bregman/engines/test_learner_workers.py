@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import learner_cases
 import pytest
@@ -152,6 +153,20 @@ def test_user_errors_come_through(fresh: tuple[LearnerWorkers, LearnerWorkers], 
 def test_bugs_keep_their_traceback(fresh: tuple[LearnerWorkers, LearnerWorkers]) -> None:
     with pytest.raises(ZeroDivisionError, match="a bug in the loss"):
         fresh[1].step(minibatch(num_ranks=2), broken_loss, RATE)
+
+
+def test_ranks_that_share_a_context_get_the_same_micro_batches() -> None:
+    made = LearnerWorkers.__new__(LearnerWorkers)
+    made._actors, made._context = [None] * 4, 2
+    assert made.num_ranks == 2
+    shares = [made._share(["a", "b", "c", "d"], rank) for rank in range(4)]  # type: ignore[list-item]
+    assert shares == [["a", "c"], ["a", "c"], ["b", "d"], ["b", "d"]]
+    answers: Any = [[[(f"{rank}-{index}", None) for index in range(2)]] for rank in range(4)]
+    made._each = lambda *_, **__: answers  # type: ignore[method-assign]
+    (filled,) = made.begin_iteration([minibatch(token_budget=25, num_ranks=2)[:4]])
+    assert [batch.reference_logprobs for batch in filled] == ["0-0", "2-0", "0-1", "2-1"]
+    with pytest.raises(ValueError, match="groups of 2"):
+        LearnerWorkers.start(LearnerConfig(context_parallel=2), replace_workers(3))
 
 
 def test_micro_batches_must_fit_the_ranks(fresh: tuple[LearnerWorkers, LearnerWorkers]) -> None:
