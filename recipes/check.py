@@ -7,25 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
-from bregman.data.chat import check_masks, tokenize_conversations
-from bregman.data.inspect import colour_mask, length_report, source_report
-from bregman.data.sources import read_conversations, read_problems, source_name
+from bregman.data.chat import tokenize_conversations
+from bregman.data.config import StageSource
+from bregman.data.inspect import colour_mask, image_report, length_report, source_report
+from bregman.data.shards import TokenStore
+from bregman.data.sources import image_folder, read_conversation, read_problems, read_rows, source_name
+from bregman.data.templates import PromptTemplate, asked_with
 from bregman.errors import DataError, RecipeError, RewardError
+from bregman.models.config import HFModelConfig
 from bregman.types import Group, Problem, Segment, Trajectory
 from evals.config import EvalConfig
-from recipes.models import recipe_tokenizer
-from recipes.schema import Recipe, RLStage, SFTStage
+from recipes.data_stages import endpoint_key, fate_table
+from recipes.examples import losses, streams, tokenised
+from recipes.models import recipe_encoder, recipe_tokenizer
+from recipes.plan import config_file, plan_lines
+from recipes.schema import CurateStage, DPOStage, LongCoTStage, MergeStage, Recipe, RejectionStage, RLStage, SFTStage
 from rewards.config import RewardsConfig
 from rewards.pool import RewardPool
 from rewards.sandbox import isolation
 from rewards.scorer import Scorer
 from rl.config import OPMDConfig
 from samplers.build import build_sampler
+from samplers.curation import Curation
+from sft.dpo import read_pairs
+from sft.long_cot_config import EndpointGenerator, ModelGenerator
+from sft.stream import Stream
 
 
 def check(recipe: Recipe, base: Path) -> None:
@@ -34,49 +45,87 @@ def check(recipe: Recipe, base: Path) -> None:
     Raises:
         UserError: the first thing that would stop a run.
     """
-    tokenizer = recipe_tokenizer(recipe)
     print(f"{recipe.name}: {len(recipe.stages)} stages, model {recipe.model.kind}, output in {recipe.output_dir}")
+    _check_memory(recipe, base)
+    tokenizer = recipe_tokenizer(recipe)
     for index, stage in enumerate(recipe.stages):
         print(f"\n[{index + 1}/{len(recipe.stages)}] {stage.name} ({stage.kind})")
         if isinstance(stage, SFTStage):
             _check_sft(recipe, stage, base, tokenizer)
         elif isinstance(stage, RLStage):
             _check_rl(recipe, stage, base, tokenizer)
+        elif isinstance(stage, MergeStage):
+            _check_merge(stage, base)
+        elif isinstance(stage, DPOStage):
+            _check_dpo(recipe, stage, base, tokenizer)
+        elif isinstance(stage, LongCoTStage):
+            _check_long_cot(recipe, stage, base, tokenizer)
+        elif isinstance(stage, RejectionStage):
+            print(f"  keeps {'the shortest right answer' if stage.keep == 'shortest' else 'preference pairs'} of each problem, from samples:")
+            _check_eval(recipe, stage, base, tokenizer)
+        elif isinstance(stage, CurateStage):
+            _check_curate(recipe, stage, base, tokenizer)
         else:
             _check_eval(recipe, stage, base, tokenizer)
     print("\nthe recipe is ready to run")
 
 
+def _check_memory(recipe: Recipe, base: Path) -> None:
+    """The plan comes before anything that needs the model itself, which may be on another machine."""
+    if not isinstance(recipe.model, HFModelConfig):
+        return
+    file = config_file(recipe.model, base)
+    if file is not None:
+        from bregman.models.meta import meta_model
+
+        print("\n".join(plan_lines(recipe, meta_model(file))))
+
+
 def _check_sft(recipe: Recipe, stage: SFTStage, base: Path, tokenizer: Any) -> None:
-    lengths: list[int] = []
-    for source in stage.sources:
-        conversations = read_conversations(source, base, seed=recipe.seed)
-        sequences = tokenize_conversations(tokenizer, conversations)
-        check_masks(sequences, tokenizer)
-        own = [len(sequence.token_ids) for sequence in sequences]
-        lengths += own
-        trained = sum(int(sequence.loss_mask.sum()) for sequence in sequences)
-        print(f"  {source_report(source_name(source), own, stage.max_length, trained)}")
-    print(_indent(length_report(lengths, stage.max_length, "tokens")))
-    over = sum(length > stage.max_length for length in lengths)
-    if over and stage.too_long == "skip":
-        print(f"  {over} of {len(lengths)} conversations are above max_length {stage.max_length} and would be skipped")
-    elif over:
-        fix = f"set max_length: {max(lengths)}, or too_long: skip"
-        raise DataError(f"stage {stage.name}", f"{over} of {len(lengths)} conversations are above max_length {stage.max_length}", fix)
-    if over == len(lengths):
-        raise DataError(f"stage {stage.name}", "no conversation is left", "raise max_length")
-    per_step = stage.tokens_per_step / fmean(lengths)
-    print(
-        f"  {stage.steps} optimizer steps x {stage.tokens_per_step} tokens (about {per_step:.0f} conversations each), "
-        f"about {stage.steps * per_step / len(lengths):.1f} passes over the data"
-    )
+    made = next((source.stage for source in stage.sources if isinstance(source, StageSource)), None)
+    if made is not None:
+        print(f"  rows that stage {made} will make: the data is looked at when the stage begins")
+    else:
+        encoder = recipe_encoder(recipe)
+        stores = [tokenised(source, base, tokenizer, recipe.seed, stage.on_bad_row, encoder=encoder) for source in stage.sources]
+        for number, stream in enumerate(streams(recipe, stage, stores)):
+            if stage.phases:
+                print(f"  phase {number + 1} of {len(stage.phases)}:")
+            _print_stream(stream, stores)
     if stage.gate:
         wanted = [f">= {stage.gate.at_least:g}"] if stage.gate.at_least is not None else []
         wanted += [f"<= {stage.gate.at_most:g}"] if stage.gate.at_most is not None else []
         extensions = f"up to {stage.gate.max_extensions} x {stage.gate.extend_steps} more steps"
         print(f"  gate: {stage.gate.metric} {' and '.join(wanted)}, else {extensions}")
         _check_eval(recipe, stage.gate.evaluation, base, tokenizer)
+
+
+def _print_stream(stream: Stream, stores: list[TokenStore]) -> None:
+    phase, limit = stream.phase, stream.phase.max_length
+    for store in stores:
+        print(f"  {source_report(store.name, store.lengths.tolist(), limit, store.trained_tokens)}")
+        if sizes := store.image_sizes():
+            tokens = int(store.lengths.sum())
+            print(f"    {image_report(sizes, rows=len(store), with_images=store.with_images, tokens=tokens)}")
+    print(_indent(length_report([int(n) for store in stores for n in store.lengths], limit, "tokens")))
+    for line in losses(stores, stream):
+        print(f"  {line}")
+    lengths = np.concatenate([source.lengths for source in stream.sources])
+    per_step, drawn = phase.tokens_per_step / lengths.mean(), stream.limit
+    passes = (
+        f"{phase.epochs} x {drawn / phase.epochs:,.0f} conversations"
+        if phase.epochs and drawn
+        else (f"about {stream.steps * per_step / len(lengths):.1f} passes over the data")
+    )
+    print(
+        f"  {stream.steps} optimizer steps x {phase.tokens_per_step} tokens (about {per_step:.0f} conversations each) in rows of up to "
+        f"{stream.rows.capacity} tokens, {passes}"
+    )
+    rates = phase.learning_rate, phase.learning_rate * phase.schedule.final_ratio
+    print(f"  learning rate {rates[0]:g}, {phase.schedule.kind}, {phase.schedule.warmup_steps} warm-up steps, at the end {rates[1]:g}")
+    if stream.rows.capacity < phase.max_length <= phase.tokens_per_step and lengths.max() > stream.rows.capacity:
+        fix = f"set tokens_per_step to a multiple of {phase.max_length * stream.rows.count}"
+        print(f"  note: conversations longer than {stream.rows.capacity} tokens get rows of their own, which others cannot fill; {fix}")
 
 
 def show(recipe: Recipe, base: Path, stage_name: str | None, count: int) -> None:
@@ -93,15 +142,21 @@ def show(recipe: Recipe, base: Path, stage_name: str | None, count: int) -> None
     for name, stage in stages.items():
         if stage_name in (None, name):
             for source in stage.sources:
-                conversations = read_conversations(source, base, seed=recipe.seed)[:count]
-                for conversation, sequence in zip(conversations, tokenize_conversations(tokenizer, conversations), strict=True):
+                if isinstance(source, StageSource):
+                    print(f"--- {name}: stage {source.stage} makes the rows of {source_name(source)}")
+                    continue
+                rows, folder = read_rows(source, base, recipe.seed), image_folder(source, base)
+                conversations = [read_conversation(rows, index, folder) for index in range(min(count, len(rows)))]
+                sequences = tokenize_conversations(tokenizer, conversations, encoder=recipe_encoder(recipe))
+                for conversation, sequence in zip(conversations, sequences, strict=True):
                     print(f"--- {name}, {source_name(source)}, row {conversation.id}: {len(sequence.token_ids)} tokens")
                     Console(highlight=False).print(colour_mask(tokenizer, sequence))
 
 
 def _check_rl(recipe: Recipe, stage: RLStage, base: Path, tokenizer: Any) -> None:
     problems = _check_problems(recipe, stage.problems, stage.rollout.max_tokens, base, tokenizer)
-    build_sampler(stage.sampler, problems, recipe.seed)
+    if problems:
+        build_sampler(stage.sampler, problems, recipe.seed)
     k, steps = stage.rollout.num_samples, stage.optimizer_steps
     responses = stage.num_problems * k
     print(
@@ -109,32 +164,112 @@ def _check_rl(recipe: Recipe, stage: RLStage, base: Path, tokenizer: Any) -> Non
         f"{stage.num_problems / steps:g} groups ({responses / steps:g} responses); {stage.iterations} iterations -> "
         f"{stage.iterations * responses} responses, at most {stage.iterations * steps} optimizer steps"
     )
-    passes = stage.iterations * stage.num_problems / len(problems)
-    print(f"  {len(problems)} training problems: each is drawn {passes:.1f} times on average")
+    if problems:
+        passes = stage.iterations * stage.num_problems / len(problems)
+        print(f"  {len(problems)} training problems: each is drawn {passes:.1f} times on average")
     if k == 1:
         print("  warning: with one sample per problem no group has a signal; set rollout.num_samples >= 2")
     if isinstance(stage.algorithm, OPMDConfig) and steps == 1 and stage.algorithm.tau > 0:
         print("  warning: tau has no effect with one optimizer step per iteration: the log-ratio S is 0 there (k1.5 Eq. 3)")
     if stage.length_reward.weight and stage.length_reward.warmup_iterations >= stage.iterations:
         print("  warning: the length reward is never switched on: its warm-up is as long as the stage")
-    _check_rewards(stage.rewards, problems[0], base)
+    if problems:
+        _check_rewards(stage.rewards, problems[0], base)
     if stage.evaluation:
         print(f"  held-out evaluation every {stage.evaluation.every} iterations:")
         _check_eval(recipe, stage.evaluation, base, tokenizer)
 
 
-def _check_eval(recipe: Recipe, config: EvalConfig, base: Path, tokenizer: Any) -> None:
+def _check_merge(stage: MergeStage, base: Path) -> None:
+    total = sum(model.weight for model in stage.models)
+    for index, model in enumerate(stage.models):
+        folder = base / Path(model.path or "").expanduser()
+        if model.path is not None and not (folder / "config.json").is_file():
+            raise DataError(f"stage {stage.name}: models[{index}].path", f"no model in {folder}", "give a folder in Hugging Face format")
+        name = f"the model of stage {model.stage}" if model.stage is not None else str(folder)
+        print(f"  {model.weight / total:.3g} x {name}")
+
+
+def _check_dpo(recipe: Recipe, stage: DPOStage, base: Path, tokenizer: Any) -> None:
+    if isinstance(stage.pairs, StageSource):
+        print(f"  pairs that stage {stage.pairs.stage} will make")
+        return
+    pairs = read_pairs(stage.pairs, base, tokenizer, recipe.seed, stage.max_length)
+    print(f"  {len(pairs)} pairs, {len(pairs) * stage.epochs / stage.batch_size:.0f} optimizer steps of {stage.batch_size}")
+
+
+def _check_eval(recipe: Recipe, config: EvalConfig | RejectionStage, base: Path, tokenizer: Any) -> None:
     problems = _check_problems(recipe, config.problems, config.sampling.max_tokens, base, tokenizer)
+    if not problems:
+        return
     print(f"  {len(problems)} problems x {config.sampling.num_samples} samples at temperature {config.sampling.temperature:g}")
     _check_rewards(config.rewards, problems[0], base)
 
 
+def _check_long_cot(recipe: Recipe, stage: LongCoTStage, base: Path, tokenizer: Any) -> None:
+    problems = _check_problems(recipe, stage.problems, stage.sampling.max_tokens, base, tokenizer)
+    samples = len(stage.templates) * stage.sampling.num_samples
+    if isinstance(stage.generator, EndpointGenerator):
+        endpoint_key(stage.generator)
+        print(f"  samples from {stage.generator.model} at {stage.generator.base_url}, {stage.generator.concurrency} requests at once")
+    if not problems:
+        return
+    for name in stage.templates:
+        if isinstance(stage.generator, ModelGenerator):
+            _check_template(recipe, stage.template(name), f"templates: `{name}`", problems, stage.sampling.max_tokens, tokenizer)
+    print(
+        f"  {len(problems)} problems x {len(stage.templates)} templates x {stage.sampling.num_samples} samples = "
+        f"{len(problems) * samples} samples; at most {stage.quality.keep} kept per problem"
+    )
+    _check_rewards(stage.rewards, problems[0], base)
+
+
+def _check_curate(recipe: Recipe, stage: CurateStage, base: Path, tokenizer: Any) -> None:
+    problems = _check_problems(recipe, stage.problems, stage.sampling.max_tokens, base, tokenizer)
+    for source in stage.duplicates.evaluation_sets:
+        print("  kept out:")
+        _check_problems(recipe, source, 0, base, tokenizer)
+    if not problems:
+        return
+    curation = Curation(problems, stage)
+    curation.apply_rules()
+    for line in fate_table(curation.report()["fates"], "problems").splitlines():
+        print(f"    {line}" if not line.startswith("kept") else f"    {line}  before duplicates and sampling")
+    left = len(curation.left())
+    if stage.hack is not None:
+        _check_template(recipe, stage.hack.template, "hack.template", problems, stage.hack.sampling.max_tokens, tokenizer)
+        print(f"  without thinking: at most {left} problems x {stage.hack.sampling.num_samples} samples")
+    print(f"  difficulty: at most {left} problems x {stage.sampling.num_samples} samples at temperature {stage.sampling.temperature:g}")
+    _check_rewards(stage.rewards, problems[0], base)
+
+
+def _check_template(
+    recipe: Recipe, template: PromptTemplate, key: str, problems: Sequence[Problem], max_tokens: int, tokenizer: Any
+) -> None:
+    ask, room = asked_with(template, tokenizer, recipe_encoder(recipe)), recipe.engine.max_model_len - max_tokens
+    longest = max((ask(problem) for problem in problems), key=lambda problem: len(problem.prompt_ids))
+    if len(longest.prompt_ids) > room:
+        found = f"problem {longest.id} has {len(longest.prompt_ids)} tokens in it, and max_tokens {max_tokens} leaves {room}"
+        raise RecipeError(key, found, "shorten the template, or make room: a larger engine.max_model_len or a smaller max_tokens")
+
+
 def _check_problems(recipe: Recipe, source: Any, max_tokens: int, base: Path, tokenizer: Any) -> list[Problem]:
+    """The problems of `source`; of a curated set those it is made from; none where an earlier stage makes them in another way."""
+    while isinstance(source, StageSource):
+        maker = next(stage for stage in recipe.stages if stage.name == source.stage)
+        if not isinstance(maker, CurateStage):
+            print(f"  problems that stage {maker.name} will make")
+            return []
+        print(f"  what stage {maker.name} will leave of:")
+        source = maker.problems
     room = recipe.engine.max_model_len - max_tokens
-    problems = read_problems(source, base, tokenizer, seed=recipe.seed, max_prompt_tokens=room)
+    problems = read_problems(source, base, tokenizer, seed=recipe.seed, max_prompt_tokens=room, encoder=recipe_encoder(recipe))
     window = recipe.engine.max_model_len
     print(f"  {source_name(source)}: prompts against the {room} tokens that max_tokens {max_tokens} leaves of {window}")
     print(_indent(length_report([len(problem.prompt_ids) for problem in problems], room, "tokens")))
+    if sizes := [patches.num_tokens for problem in problems for patches in problem.patches]:
+        tokens, shown = sum(len(problem.prompt_ids) for problem in problems), sum(bool(problem.patches) for problem in problems)
+        print(f"    {image_report(sizes, rows=len(problems), with_images=shown, tokens=tokens)}")
     return problems
 
 

@@ -15,26 +15,34 @@ from typing import Any
 from bregman.data.config import ParquetSource, SourceConfig, StageSource
 from bregman.data.sources import read_problems
 from bregman.errors import DataError
-from bregman.protocols import RewardScorer
+from bregman.protocols import ImageEncoder, RewardScorer
 from bregman.tracking.run_folder import RunFolder, checkpoint, write_json
 from bregman.tracking.tracker import RunTracker
 from bregman.types import Evaluation, Problem
 from evals.config import EvalConfig
 from evals.evaluate import evaluate, warn_about_failures
-from recipes.schema import Recipe, RLStage, Stage
+from recipes.schema import START, CurateStage, LongCoTStage, Recipe, RejectionStage, RLStage, Stage
 from recipes.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every stage of a run shares. `base` is the recipe's folder: plugin paths and data files are relative to it."""
+    """What every stage of a run shares. `base` is the recipe's folder: plugin paths and data files are relative to it; `start` the
+    model folder that the recipe began with; `encoder` is None for a text model."""
 
     recipe: Recipe
     base: Path
     folder: RunFolder
+    start: Path
     tracker: RunTracker
     tokenizer: Any
+    encoder: ImageEncoder | None
     workers: Workers
+
+    def model_of(self, name: str) -> Path:
+        """The model that the stage `name` left; the recipe's own if it is `start`."""
+        names = [stage.name for stage in self.recipe.stages]
+        return self.start if name == START else self.folder.stage_folder(names.index(name), name) / "model"
 
     def source(self, source: SourceConfig) -> SourceConfig:
         """`source`, or the file that the stage it names has left.
@@ -48,12 +56,13 @@ class Context:
         file = data_file(self.folder.stage_folder(names.index(source.stage), source.stage))
         if not file.exists():
             raise DataError(f"stage {source.stage}", "has not made its data set yet", "run that stage first")
-        shared = {"name": source.name or source.stage, "weight": source.weight, "columns": source.columns}
+        shared = {"name": source.name or source.stage, "weight": source.weight, "columns": source.columns, "format": source.format}
         return ParquetSource(path=str(file.absolute()), **shared)
 
-    def problems(self, config: EvalConfig | RLStage, max_tokens: int) -> list[Problem]:
+    def problems(self, config: EvalConfig | RLStage | LongCoTStage | CurateStage | RejectionStage, max_tokens: int) -> list[Problem]:
         room = self.recipe.engine.max_model_len - max_tokens
-        return read_problems(self.source(config.problems), self.base, self.tokenizer, seed=self.recipe.seed, max_prompt_tokens=room)
+        source, seed = self.source(config.problems), self.recipe.seed
+        return read_problems(source, self.base, self.tokenizer, seed=seed, max_prompt_tokens=room, encoder=self.encoder)
 
     def evaluation(self, config: EvalConfig) -> Evaluator:
         scorer = self.workers.rewards.scorer(config.rewards, self.base)
@@ -61,7 +70,7 @@ class Context:
 
 
 def data_file(stage_folder: Path) -> Path:
-    """The data set that a stage of kind `long_cot`, `curate` or `reject` leaves."""
+    """The data set that a stage of kind `schema.DATA_KINDS` leaves."""
     return stage_folder / "data.parquet"
 
 

@@ -1,15 +1,17 @@
-"""Stages that make a model without the learner: merging.
+"""Stages that make a model without the learner: merging, and preference tuning by TRL.
 
-Owns the wiring only; the average is taken in `bregman.models.merge`.
+Owns the wiring only; averages are taken in `bregman.models.merge`, pairs read and trained on in `sft.dpo`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import sft.dpo
+from bregman.engines import cluster
 from bregman.models.merge import merge_models
 from recipes.context import Context
-from recipes.schema import MergedModel, MergeStage
+from recipes.schema import DPOStage, MergedModel, MergeStage
 
 
 def run_merge(context: Context, stage: MergeStage, output: Path) -> None:
@@ -21,6 +23,34 @@ def run_merge(context: Context, stage: MergeStage, output: Path) -> None:
     context.tracker.waiting_for("the models to be averaged")
     count = merge_models([_folder(context, model) for model in stage.models], [model.weight for model in stage.models], output / "model")
     context.tracker.note(f"averaged {count} tensors of {len(stage.models)} models")
+
+
+def run_dpo(context: Context, stage: DPOStage, model: Path, output: Path) -> None:
+    """Leave `model`, tuned on the stage's pairs, in `output / "model"`.
+
+    Raises:
+        DataError: naming the pair or the model that cannot be used.
+    """
+    context.tracker.waiting_for("the preference pairs")
+    pairs = sft.dpo.read_pairs(context.source(stage.pairs), context.base, context.tokenizer, context.recipe.seed, stage.max_length)
+    context.tracker.waiting_for(f"preference tuning on {len(pairs)} pairs (TRL)")
+    gpus = context.recipe.cluster.gpus_per_learner_worker
+    history = cluster.run_alone(
+        sft.dpo.train,
+        stage,
+        model.absolute(),
+        (output / "model").absolute(),
+        pairs,
+        seed=context.recipe.seed,
+        on_gpu=gpus > 0,
+        what=f"stage {stage.name}: preference tuning",
+        timeout=stage.timeout,
+        gpus=gpus,
+    )
+    context.tracker.plan(len(history))
+    for step, entry in enumerate(history):
+        values = {name.replace("rewards/", "dpo/"): value for name, value in entry.items() if name not in ("epoch", "step")}
+        context.tracker.log(step, values)
 
 
 def _folder(context: Context, model: MergedModel) -> Path:

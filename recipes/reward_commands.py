@@ -187,10 +187,11 @@ def _rollout_files(on: Path, stage: str, split: str) -> list[Path]:
 
 def _problems(recipe: Recipe, judged: _Judged, base: Path) -> dict[str, Problem]:
     from bregman.data.sources import read_problems
-    from recipes.models import recipe_tokenizer
+    from recipes.models import recipe_encoder, recipe_tokenizer
 
-    room = recipe.engine.max_model_len - judged.max_tokens
-    found = read_problems(judged.config.problems, base, recipe_tokenizer(recipe), seed=recipe.seed, max_prompt_tokens=room)
+    room, encoder = recipe.engine.max_model_len - judged.max_tokens, recipe_encoder(recipe)
+    tokenizer, problems = recipe_tokenizer(recipe), judged.config.problems
+    found = read_problems(problems, base, tokenizer, seed=recipe.seed, max_prompt_tokens=room, encoder=encoder)
     return {problem.id: problem for problem in found}
 
 

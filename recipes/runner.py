@@ -8,14 +8,19 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from bregman.engines.config import ModelTraining
 from bregman.errors import RecipeError, UserError
+from bregman.models.rope import extended
+from bregman.models.vision import load_image_encoder
 from bregman.tracking.report import write_report
 from bregman.tracking.run_folder import RunFolder, latest_checkpoint, write_json
 from bregman.tracking.tracker import RunTracker
 from recipes import stages
 from recipes.context import Context, Saver, read_state
+from recipes.data_stages import PARTS
 from recipes.models import initial_model, load_tokenizer
-from recipes.schema import MergeStage, Recipe, RLStage, SFTStage, Stage, latest_model, needs
+from recipes.sampling import finished_chunks
+from recipes.schema import DPOStage, LongCoTStage, MergeStage, Recipe, RLStage, SFTStage, Stage, latest_model, needs
 from recipes.workers import Workers
 
 
@@ -47,7 +52,14 @@ def _run_stages(recipe: Recipe, base: Path, folder: RunFolder, tracker: RunTrack
     engine = any(_needs_engine(recipe.stages[index]) for index in todo)
     with Workers(recipe, start, tokenizer, tracker, learner=learner, engine=engine) as workers:
         context = Context(
-            recipe=recipe, base=base, folder=folder, start=start, tracker=tracker, tokenizer=tokenizer, workers=workers
+            recipe=recipe,
+            base=base,
+            folder=folder,
+            start=start,
+            tracker=tracker,
+            tokenizer=tokenizer,
+            encoder=load_image_encoder(start),
+            workers=workers,
         )
         for index in todo:
             _run_stage(context, index, _model_before(context, index))
@@ -57,12 +69,15 @@ def _run_stages(recipe: Recipe, base: Path, folder: RunFolder, tracker: RunTrack
 def _run_stage(context: Context, index: int, model: Path) -> None:
     stage, stage_folder = context.recipe.stages[index], context.folder.stage_folder(index, context.recipe.stages[index].name)
     found = latest_checkpoint(stage_folder)
-    first = found[0] if found else 0
+    first = found[0] if found else finished_chunks(stage_folder / PARTS)
     context.tracker.begin_stage(index, stage.name, stage.kind, total_steps=stages.total_steps(stage), first_step=first)
     started = time.monotonic()
     before = read_state(found[1])["seconds"] if found else 0.0
     saver = Saver(context, stage, stage_folder, started - before)
     checkpoint = found[1] if found else None
+    if isinstance(stage, ModelTraining):
+        model = extended(model, stage_folder / "start", theta=stage.rope_theta, positions=stage.max_position_embeddings)
+    context.workers.use_model(model)
     evaluation = stages.run_stage(context, stage, model=model, output=stage_folder, checkpoint=checkpoint, first=first, saver=saver)
     context.workers.end_stage()
     seconds = time.monotonic() - started + before
@@ -93,4 +108,6 @@ def _needs_engine(stage: Stage) -> bool:
     """Whether a stage samples from the model."""
     if isinstance(stage, SFTStage):
         return stage.gate is not None
-    return not isinstance(stage, MergeStage)
+    if isinstance(stage, LongCoTStage):
+        return stage.generator.kind == "model"
+    return not isinstance(stage, MergeStage | DPOStage)

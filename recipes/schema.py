@@ -17,8 +17,13 @@ from bregman.data.config import StageSource
 from bregman.engines.config import ClusterConfig, EngineConfig, LearnerConfig
 from bregman.models.config import ModelConfig
 from evals.config import EvalConfig
+from rewards.config import RewardsConfig
 from rl.config import RLConfig
+from samplers.curation_config import CurationConfig
 from sft.config import SFTConfig
+from sft.dpo_config import DPOConfig
+from sft.long_cot_config import LongCoTConfig
+from sft.rejection_config import RejectionConfig
 
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="unique within the recipe; names its folder")]
 
@@ -44,6 +49,10 @@ class EvalStage(EvalConfig, NamedStage):
     kind: Literal["eval"] = "eval"
 
 
+class DPOStage(DPOConfig, NamedStage):
+    kind: Literal["dpo"] = "dpo"
+
+
 class MergedModel(Config):
     """A model to merge: the one a stage left (`start`: the recipe's own), or a folder."""
 
@@ -65,16 +74,33 @@ class MergeStage(NamedStage):
     models: list[MergedModel] = Field(min_length=2)
 
 
-DATA_KINDS: tuple[str, ...] = ()
+class LongCoTStage(LongCoTConfig, NamedStage):
+    kind: Literal["long_cot"] = "long_cot"
+    rewards: RewardsConfig
+
+
+class RejectionStage(RejectionConfig, NamedStage):
+    kind: Literal["rejection"] = "rejection"
+
+
+class CurateStage(CurationConfig, NamedStage):
+    kind: Literal["curate"] = "curate"
+    rewards: RewardsConfig
+
+
+DATA_KINDS: tuple[str, ...] = ("long_cot", "curate", "rejection")
 """Stages that leave a data set (`recipes.context.data_file`) for `kind: stage` sources, and the model as it was."""
 
 START = "start"
 """What a recipe calls the model that it began with."""
 
-MODEL_KINDS: tuple[str, ...] = ("sft", "rl", "merge")
+MODEL_KINDS: tuple[str, ...] = ("sft", "rl", "merge", "dpo")
 """Stages that leave a model."""
 
-Stage = Annotated[SFTStage | RLStage | EvalStage | MergeStage, Field(discriminator="kind")]
+Stage = Annotated[
+    SFTStage | RLStage | EvalStage | MergeStage | DPOStage | LongCoTStage | CurateStage | RejectionStage,
+    Field(discriminator="kind"),
+]
 
 
 class Recipe(Config):
@@ -121,6 +147,13 @@ class Recipe(Config):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _ranks_can_share(self) -> Recipe:
+        ranks, shared = self.cluster.learner_workers, self.learner.context_parallel
+        if ranks % shared:
+            raise ValueError(f"cluster.learner_workers ({ranks}) is no multiple of learner.context_parallel ({shared}); make it one")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _responses_fit(self) -> Recipe:
         for index, stage in enumerate(self.stages):
             for key, sampling in samplings(stage).items():
@@ -163,8 +196,11 @@ def samplings(stage: Stage) -> dict[str, Any]:
         case RLStage():
             evaluation = {"evaluation.sampling": stage.evaluation.sampling} if stage.evaluation else {}
             return {"rollout": stage.rollout, **evaluation}
-        case EvalStage():
+        case EvalStage() | LongCoTStage() | RejectionStage():
             return {"sampling": stage.sampling}
+        case CurateStage():
+            hack = {"hack.sampling": stage.hack.sampling} if stage.hack else {}
+            return {**hack, "sampling": stage.sampling}
         case SFTStage():
             return {"gate.evaluation.sampling": stage.gate.evaluation.sampling} if stage.gate else {}
         case _:

@@ -10,20 +10,25 @@ from pathlib import Path
 
 import rl.loop
 import sft.loop
-from bregman.data.chat import check_masks
-from bregman.data.mixture import Mixture
 from bregman.errors import GateError
 from bregman.tracking.ledger import SampleLedger
 from bregman.types import Evaluation
 from recipes.context import Context, Saver, read_state
-from recipes.examples import tokenised_sources
-from recipes.schema import EvalStage, RLStage, SFTStage, Stage
+from recipes.data_stages import run_curate, run_long_cot
+from recipes.examples import losses, streams, tokenised
+from recipes.model_stages import run_dpo, run_merge
+from recipes.rejection import run_rejection
+from recipes.schema import CurateStage, DPOStage, EvalStage, LongCoTStage, MergeStage, RejectionStage, RLStage, SFTStage, Stage
 from rl.hacking_watch import HackingWatch
 from samplers.build import build_sampler
+from sft.stream import Stream
 
 
 def total_steps(stage: Stage) -> int:
-    return stage.steps if isinstance(stage, SFTStage) else stage.iterations if isinstance(stage, RLStage) else 1
+    """Steps of a stage as far as the recipe alone tells: those of epochs are counted once the data is read."""
+    if isinstance(stage, SFTStage):
+        return sum(phase.steps or 0 for phase in stage.plan) if all(phase.steps for phase in stage.plan) else 0
+    return stage.iterations if isinstance(stage, RLStage) else 1
 
 
 def run_stage(
@@ -42,6 +47,21 @@ def run_stage(
             return None
         case EvalStage():
             return _run_eval(context, stage, model=model)
+        case MergeStage():
+            run_merge(context, stage, output)
+            return None
+        case DPOStage():
+            run_dpo(context, stage, model, output)
+            return None
+        case LongCoTStage():
+            run_long_cot(context, stage, model, output)
+            return None
+        case CurateStage():
+            run_curate(context, stage, model, output)
+            return None
+        case RejectionStage():
+            run_rejection(context, stage, model, output)
+            return None
 
 
 def _export(context: Context, output: Path) -> None:
@@ -51,20 +71,40 @@ def _export(context: Context, output: Path) -> None:
 
 def _run_sft(context: Context, stage: SFTStage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> Evaluation | None:
     """Supervised fine-tuning; with a gate, the evaluation that passed it."""
-    context.tracker.waiting_for("the training data")
-    sources = tokenised_sources(stage, context.base, context.tokenizer, context.recipe.seed, context.tracker.warn, context.source)
-    check_masks([example for source in sources for example in source], context.tokenizer)
-    mixture = Mixture(sources, [source.weight for source in stage.sources], context.recipe.seed)
-    learner = context.workers.learner
+    plan = _plan_sft(context, stage)
+    learner, tracker = context.workers.learner, context.tracker
     learner.begin_stage(model, stage.optimizer, training=stage)
     if checkpoint is not None:
         learner.load_checkpoint(checkpoint / "learner")
     gate = _Gate(context, stage) if stage.gate else None
-    parts = sft.loop.Parts(learner=learner, tracker=context.tracker, examples=mixture.examples, save=saver, gate=gate or (lambda _: 0.0))
-    state = read_state(checkpoint) if checkpoint else None
-    budget = context.recipe.learner.tokens_per_micro_batch
-    sft.loop.train(stage, parts, tokens_per_micro_batch=budget, first=first, state=state)
+    parts = sft.loop.Parts(learner=learner, tracker=tracker, save=saver, gate=gate or (lambda _: 0.0))
+    sft.loop.train(plan, parts, gate=stage.gate, first=first, state=read_state(checkpoint) if checkpoint else None)
     return gate.last if gate else None
+
+
+def _plan_sft(context: Context, stage: SFTStage) -> list[Stream]:
+    """The phases with their data; says what became of rows that are not used as they are."""
+    tracker = context.tracker
+    tracker.waiting_for("the training data")
+    stores = [
+        tokenised(
+            context.source(source),
+            context.base,
+            context.tokenizer,
+            context.recipe.seed,
+            stage.on_bad_row,
+            encoder=context.encoder,
+            progress=tracker.waiting_for,
+        )
+        for source in stage.sources
+    ]
+    plan = streams(context.recipe, stage, stores)
+    tracker.plan(sum(stream.steps for stream in plan))
+    for number, stream in enumerate(plan):
+        place = f"phase {number + 1}, " if len(plan) > 1 else ""
+        for text in losses(stores, stream):
+            tracker.warn(f"{place}{text}")
+    return plan
 
 
 def _run_rl(context: Context, stage: RLStage, *, model: Path, checkpoint: Path | None, first: int, saver: Saver) -> None:

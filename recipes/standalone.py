@@ -26,6 +26,7 @@ def evaluate_model(recipe: Recipe, base: Path, model: Path, stage_name: str | No
 
     from bregman.data.sources import read_problems
     from bregman.models.loading import resolve_model
+    from bregman.models.vision import load_image_encoder
     from bregman.tracking.console import PlainTracker
     from evals.evaluate import evaluate, warn_about_failures
     from recipes.models import load_tokenizer
@@ -34,7 +35,8 @@ def evaluate_model(recipe: Recipe, base: Path, model: Path, stage_name: str | No
     folder = resolve_model(str(model))
     tokenizer = load_tokenizer(folder)
     room = recipe.engine.max_model_len - stage.sampling.max_tokens
-    problems = read_problems(stage.problems, base, tokenizer, seed=recipe.seed, max_prompt_tokens=room)
+    encoder = load_image_encoder(folder)
+    problems = read_problems(stage.problems, base, tokenizer, seed=recipe.seed, max_prompt_tokens=room, encoder=encoder)
     tracker = PlainTracker()
     with Workers(recipe, folder, tokenizer, tracker, learner=False) as workers:
         workers.engine.load_weights(folder, version=0)

@@ -15,6 +15,7 @@ from bregman.engines import cluster
 from bregman.engines.learner_workers import LearnerWorkers
 from bregman.engines.reward_workers import RewardWorkers
 from bregman.engines.rollout_workers import RolloutWorkers
+from bregman.models.rope import differ, rope_of
 from bregman.protocols import Tracker
 from recipes.schema import Recipe
 
@@ -60,6 +61,15 @@ class Workers:
         self._rewards = RewardWorkers.start(self._recipe.cluster)
         return self._rewards
 
+    def use_model(self, model: Path) -> None:
+        """Build the engine from `model`; one that runs is ended if its rotary base or its window is another, since weight sync
+        carries weights only."""
+        if self._engine is not None and differ(model, self._model):
+            self._engine.close()
+            self._engine = None
+            self.__dict__.pop("engine", None)
+        self._model = model
+
     def end_stage(self) -> None:
         """Give back what only the finished stage needed."""
         if self._rewards is not None:
@@ -69,8 +79,10 @@ class Workers:
         if self._needs_engine and self._engine is None:
             stop = end_token_ids(self._tokenizer)
             cluster_config = self._recipe.cluster
+            window = min(self._recipe.engine.max_model_len, rope_of(self._model)[1] or self._recipe.engine.max_model_len)
+            config = self._recipe.engine.model_copy(update={"max_model_len": window})  # before a later stage makes it longer
             self._engine = RolloutWorkers.start(
-                self._model, self._recipe.engine, cluster_config, tokenizer=self._tokenizer, stop_token_ids=stop
+                self._model, config, cluster_config, tokenizer=self._tokenizer, stop_token_ids=stop
             )
             self._engine.on_note = self._tracker.warn
 

@@ -1,6 +1,7 @@
 """Built-in `judge`: a chain-of-thought reward model reasons about the answer and ends in a JSON verdict (k1.5 sec. 2.3.5).
 
-Owns the question, the reading of the verdict and what becomes of a missing one. Traffic and cache are `rewards.judge_client`.
+Owns the question, the reading of the verdict and what becomes of a missing one. Traffic is `bregman.chat_client`, the cache
+`rewards.judge_client`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any, Literal
 
 import httpx
 
+from bregman.chat_client import Endpoint, Spent, Unanswered, ssl_context
 from bregman.errors import RewardError
-from rewards.judge_client import Endpoint, Spent, Unanswered, VerdictCache, complete, ssl_context
+from rewards.judge_client import VerdictCache, complete
 from rewards.text import completion_text, split_thinking
 
 TEMPLATE = """You compare a student's final answer with the reference answer to a question.

@@ -13,7 +13,7 @@ import numpy as np
 
 from bregman.data.packing import pack
 from bregman.protocols import MiniBatch
-from bregman.types import Fate, Group, Trajectory
+from bregman.types import Fate, Group, Problem, Trajectory
 from bregman.types import Sequence as TokenSequence
 from rl.algorithms import AdvantageFunction
 
@@ -86,14 +86,18 @@ def _early_fate(trajectory: Trajectory, drop_truncated: bool) -> Fate | None:
 def _sequences(group: Group) -> list[TokenSequence]:
     """What can be trained on; of a group that is not, which serves the parity probe only, everything that was sampled."""
     probe = not is_trained(group)
-    return [_sequence(group.problem.prompt_ids, t) for t in group.trajectories if t.token_ids and (probe or t.advantage is not None)]
+    return [_sequence(group.problem, t) for t in group.trajectories if t.token_ids and (probe or t.advantage is not None)]
 
 
-def _sequence(prompt: Sequence[int], trajectory: Trajectory) -> TokenSequence:
+def _sequence(problem: Problem, trajectory: Trajectory) -> TokenSequence:
+    """Prompt and response; the responses to a problem share its image objects, so that a pack encodes each image once."""
+    prompt = problem.prompt_ids
     response = np.arange(len(prompt) + len(trajectory.token_ids)) >= len(prompt)
     return TokenSequence(
         token_ids=np.asarray([*prompt, *trajectory.token_ids], dtype=np.int64),
         loss_mask=response,
         advantage=float(trajectory.advantage or 0.0),
         rollout_logprobs=np.asarray([0.0] * len(prompt) + list(trajectory.logprobs), dtype=np.float32),
+        images=problem.patches,
+        image_positions=np.asarray(problem.image_positions, dtype=np.int64) if problem.patches else None,
     )

@@ -1,106 +1,112 @@
-"""The supervised loop: draw conversations, pack them, step; go on until the gate passes.
+"""The supervised loop: fill rows with conversations, step; phase after phase, then on until the gate passes.
 
 Owns steps, gate and resume position. Consumes tokenised conversations, produces trained weights in the learner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from bregman.data.packing import pack
+from bregman.data.packing import pack_rows
+from bregman.data.rows import RowFiller
 from bregman.engines.schedule import learning_rate
 from bregman.errors import GateError
 from bregman.protocols import Learner, MiniBatch, Tracker
-from bregman.types import Sequence as TokenSequence
-from sft.config import GateConfig, SFTConfig
+from sft.config import GateConfig
 from sft.loss import sft_loss
+from sft.stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the loop drives. `examples(n)` yields the mixture from its n-th example on, without end; `save(step, state)` writes a
-    checkpoint from which `step` is next; `gate(step)` returns the value of the gate's metric for the present weights."""
+    """What the loop drives. `save(step, state)` writes a checkpoint from which `step` is next; `gate(step)` returns the value of
+    the gate's metric for the present weights."""
 
     learner: Learner
     tracker: Tracker
-    examples: Callable[[int], Iterator[TokenSequence]]
     save: Callable[[int, Mapping[str, Any]], None]
     gate: Callable[[int], float]
 
 
-def train(config: SFTConfig, parts: Parts, *, tokens_per_micro_batch: int, first: int = 0, state: Mapping[str, Any] | None = None) -> None:
-    """Train from step `first`; `state` is what the checkpoint of that step kept.
+def train(
+    streams: Sequence[Stream], parts: Parts, *, gate: GateConfig | None = None, first: int = 0, state: Mapping[str, Any] | None = None
+) -> None:
+    """Train through all `streams`, one per phase, from step `first`; `state` is what the checkpoint of that step kept.
 
     Raises:
         GateError: the gate has not passed after `max_extensions` extensions.
     """
-    drawn = int(state["drawn"]) if state else 0
-    examples = Draw(parts.examples(drawn), drawn)
-    step, extension = first, int(state["extension"]) if state else 0
-    while True:
-        end = config.steps + extension * (config.gate.extend_steps if config.gate else 0)
-        while step < end:
-            minibatch = next_minibatch(examples, config.tokens_per_step, tokens_per_micro_batch, parts.learner.num_ranks)
-            rate = _learning_rate(config, step)
-            stats = parts.learner.step(minibatch, sft_loss, rate)
-            parts.tracker.log(
-                step,
-                {
-                    "loss": stats.loss,
-                    "grad_norm": stats.grad_norm,
-                    "learning_rate": rate,
-                    "tokens_per_second": stats.num_tokens / stats.seconds,
-                },
-            )
-            step += 1
-            parts.save(step, {"drawn": examples.count, "extension": extension})
-        if config.gate is None or _gate_passes(config.gate, parts.gate(step), step, extension, parts.tracker):
+    step, planned, last = first, 0, len(streams) - 1
+    filler = streams[last].filler(state if state and state["phase"] == last else None)
+    for number, stream in enumerate(streams):
+        begins, planned = planned, planned + stream.steps
+        if step >= planned:
+            continue
+        resumed = state is not None and state["phase"] == number
+        if number and not resumed:
+            longest = f"conversations up to {stream.phase.max_length:,} tokens"
+            parts.tracker.note(f"step {step}: phase {number + 1} of {len(streams)}, {longest}")
+        filler = stream.filler(state if resumed else None)
+        _run(stream, filler, parts, range(step, planned), begins, planned, {"phase": number, "extension": 0})
+        step = planned
+    extension = int(state["extension"]) if state else 0
+    filler.extend()
+    while gate is not None:
+        begins, ends = planned + (extension - 1) * gate.extend_steps, planned + extension * gate.extend_steps
+        _run(streams[last], filler, parts, range(step, ends), begins, ends, {"phase": last, "extension": extension})
+        step = max(step, ends)
+        if _gate_passes(gate, parts.gate(step), step, extension, parts.tracker):
             return
         extension += 1
 
 
-class Draw:
-    """An iterator over examples that counts what was taken and can be looked ahead into.
+def _run(stream: Stream, filler: RowFiller, parts: Parts, steps: range, begins: int, ends: int, place: Mapping[str, Any]) -> None:
+    """Train the given steps; the schedule runs from step `begins` to step `ends`. `place` goes into checkpoints.
 
-    Attributes:
-        count: examples taken so far; the position from which a resumed run goes on.
+    The rows of the next step are read, and their images encoded, while the learner works on this one.
     """
-
-    def __init__(self, examples: Iterator[TokenSequence], count: int) -> None:
-        self._examples = examples
-        self._next: TokenSequence | None = None
-        self.count = count
-
-    def peek(self) -> TokenSequence:
-        if self._next is None:
-            self._next = next(self._examples)
-        return self._next
-
-    def take(self) -> TokenSequence:
-        example, self._next = self.peek(), None
-        self.count += 1
-        return example
-
-
-def next_minibatch(examples: Draw, tokens_per_step: int, tokens_per_micro_batch: int, num_ranks: int) -> MiniBatch:
-    """The next examples that fit into `tokens_per_step` (at least one), packed; normalised by their trained tokens."""
-    chosen = [examples.take()]
-    total = len(chosen[0].token_ids)
-    while total + len(examples.peek().token_ids) <= tokens_per_step:
-        chosen.append(examples.take())
-        total += len(chosen[-1].token_ids)
-    trained = sum(int(example.loss_mask.sum()) for example in chosen)
-    return pack(chosen, token_budget=tokens_per_micro_batch, normalizer=float(trained), num_ranks=num_ranks)
+    with ThreadPoolExecutor(1, "rows") as reader:
+        coming = reader.submit(next_step, stream, filler, parts.learner.num_ranks) if steps else None
+        for step in steps:
+            assert coming is not None
+            prepared = coming.result()
+            coming = reader.submit(next_step, stream, filler, parts.learner.num_ranks) if step + 1 < steps.stop else None
+            rate = learning_rate(stream.phase.learning_rate, stream.phase.schedule, step - begins, ends - begins)
+            stats = parts.learner.step(prepared.minibatch, sft_loss, rate)
+            metrics = {
+                "loss": stats.loss,
+                "grad_norm": stats.grad_norm,
+                "learning_rate": rate,
+                "tokens_per_second": stats.num_tokens / stats.seconds,
+                "pack_fill": prepared.fill,
+            }
+            opening = stream.facts if step == begins and not place["extension"] else {}
+            parts.tracker.log(step, {**metrics, **opening})
+            parts.save(step + 1, {**place, **prepared.state})
 
 
-def _learning_rate(config: SFTConfig, step: int) -> float:
-    """The schedule over the planned steps; each extension is a re-warmed run of it over its own steps."""
-    if step < config.steps or config.gate is None:
-        return learning_rate(config.optimizer.learning_rate, config.schedule, step, config.steps)
-    length = config.gate.extend_steps
-    return learning_rate(config.optimizer.learning_rate, config.schedule, (step - config.steps) % length, length)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A step's micro-batches, how full their rows are (1: no token of capacity is left), and the filler's state behind them."""
+
+    minibatch: MiniBatch
+    fill: float
+    state: Mapping[str, Any]
+
+
+def next_step(stream: Stream, filler: RowFiller, num_ranks: int) -> Prepared:
+    """The rows of the next step, normalised by their trained tokens."""
+    rows = [[stream.example(draw) for draw in row] for row in filler.step(stream.rows.capacity, stream.rows.count)]
+    tokens = [sum(len(example.token_ids) for example in row) for row in rows]
+    trained = sum(int(example.loss_mask.sum()) for row in rows for example in row)
+    return Prepared(
+        minibatch=pack_rows(rows, normalizer=float(trained), num_ranks=num_ranks),
+        fill=sum(tokens) / sum(max(stream.rows.capacity, count) for count in tokens),
+        state=filler.state_dict(),
+    )
 
 
 def _gate_passes(gate: GateConfig, value: float, step: int, extension: int, tracker: Tracker) -> bool:

@@ -139,6 +139,9 @@ class ListTracker:
     def rollouts(self, step: int, groups: Sequence[Group], *, split: str = "train") -> None:
         self.groups.append((step, split, list(groups)))
 
+    def plan(self, total_steps: int) -> None:
+        self.planned = total_steps
+
     def waiting_for(self, what: str) -> None:
         self.waits.append((time.monotonic(), what))
 

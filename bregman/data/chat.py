@@ -1,6 +1,7 @@
 """Chat templates: conversation -> token ids with a loss mask, prompt -> token ids, response -> text.
 
-Owns which tokens are trained (the assistant's answers and their end tokens). Does not read files, and does not pack.
+Owns which tokens are trained (the assistant's answers and their end tokens) and which stand for images. A template writes one
+placeholder token per image; here it is repeated once per feature of the image. Does not read files, and does not pack.
 """
 
 from __future__ import annotations
@@ -8,22 +9,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bregman.data.images import encode_images
 from bregman.errors import DataError
-from bregman.types import Conversation, Message, Sequence
+from bregman.types import Conversation, ImagePatches, Message, Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from bregman.protocols import ImageEncoder
 
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 _PROBE = "BregmanProbe"
 _ADD_MARKS = "put `{% generation %}` and `{% endgeneration %}` around the assistant's answer in the chat template"
 _CLOSING_THINK_TAGS = ("</think>", "◁/think▷")
+_THINK_TAGS = {"<think>", "◁think▷", *_CLOSING_THINK_TAGS}
+"""Answers contain these, special tokens or not."""
 
 Span = tuple[int, int]
 """Characters [start, end) of a rendered conversation."""
@@ -38,7 +44,8 @@ class _ChatFormat:
         variables: names of special tokens that templates refer to (`bos_token`, ...).
         has_marks: the template marks the assistant's answers itself.
         end_ids: tokens that end an answer.
-        end_texts: the same as text; none may occur inside a message.
+        end_texts: the same as text.
+        reserved: the text of any special token but the think tags: none may occur inside a message.
         unknown_id: what the tokenizer writes for text that it cannot express; None if it can express any text.
     """
 
@@ -47,38 +54,84 @@ class _ChatFormat:
     has_marks: bool
     end_ids: tuple[int, ...]
     end_texts: tuple[str, ...]
+    reserved: re.Pattern[str]
     unknown_id: int | None
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Items[Message], where: str = "prompt") -> list[int]:
-    """Token ids of `messages` with the generation prompt, ready for the policy to write its turn.
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Items[Message], where: str = "prompt", *, images: int = 0
+) -> list[int]:
+    """Token ids of `messages` with the generation prompt, ready for the policy to write its turn once images are expanded.
 
     Raises:
-        DataError: naming `where`: the template refuses the messages, or the tokenizer has no token for a character.
+        DataError: naming `where`: the template refuses the messages, the messages show another number of images than `images`, a
+            message contains a special token, or the tokenizer has no token for a character.
     """
     form = _format(tokenizer)
-    _check_contents(form, messages, where)
+    _check_contents(form, messages, images, where)
     text, _ = _render(form, messages, where, generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     _check_known(form, tokenizer, text, ids, where)
     return list(ids)
 
 
-def tokenize_conversation(tokenizer: PreTrainedTokenizerBase, messages: Items[Message], where: str = "conversation") -> Sequence:
+def expand_images(
+    token_ids: Items[int] | np.ndarray, images: Items[ImagePatches], encoder: ImageEncoder | None, where: str
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Each placeholder repeated once per feature of its image.
+
+    Returns:
+        int64 [n] token ids; int64 [sum of num_tokens] places of the placeholders in them, None without images; int64 [len(token_ids)]
+        how often each given token was repeated.
+
+    Raises:
+        DataError: naming `where`: the template wrote another number of placeholders than there are images.
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    repeats = np.ones(len(ids), dtype=np.int64)
+    if not images:
+        return ids, None, repeats
+    assert encoder is not None, "images are encoded by an encoder"
+    places = np.flatnonzero(ids == encoder.placeholder_id)
+    if len(places) != len(images):
+        found = f"the chat template writes {len(places)} image placeholders for {len(images)} images"
+        raise DataError(where, found, "use a chat template that writes one per image part")
+    repeats[places] = [image.num_tokens for image in images]
+    shown = np.zeros(len(ids), dtype=bool)
+    shown[places] = True
+    return np.repeat(ids, repeats), np.flatnonzero(np.repeat(shown, repeats)), repeats
+
+
+def tokenize_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Items[Message],
+    where: str = "conversation",
+    *,
+    images: Items[ImagePatches] = (),
+    encoder: ImageEncoder | None = None,
+    tools: Items[Mapping[str, Any]] = (),
+) -> Sequence:
     """The conversation as tokens; the loss mask is True on the assistant's answers and on the end token after each.
 
     The answers are found by the template's generation marks; in a template without marks, by rendering the conversation up to
     each answer, without and with it. The prompt part is exactly what `render_prompt` gives, so a policy trained on this
     sequence is sampled from the same context.
 
+    Args:
+        images: what the image parts of the messages show, in order; `encoder` is the one that encoded them.
+        tools: schemas of functions, for the template.
+
     Raises:
         DataError: naming `where`: the template refuses or rewrites the conversation so that answers cannot be told from
-            prompts, a message contains an end token, or the tokenizer has no token for a character.
+            prompts, images and image parts differ in number, a message contains a special token, or the tokenizer has no token for
+            a character.
     """
     form = _format(tokenizer)
     if not tokenizer.is_fast:
         raise DataError(where, "the tokenizer gives no character offsets", "use a fast tokenizer (one with a tokenizer.json)")
-    _check_contents(form, messages, where)
+    if tools:
+        form = replace(form, variables={**form.variables, "tools": list(tools)})
+    _check_contents(form, messages, len(images), where)
     text, spans = _render_answers(form, messages, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     token_ids = np.asarray(encoded["input_ids"], dtype=np.int64)
@@ -89,21 +142,27 @@ def tokenize_conversation(tokenizer: PreTrainedTokenizerBase, messages: Items[Me
         _mark(form, text, token_ids, offsets, span, loss_mask, where)
     if len(loss_mask):
         loss_mask[0] = False  # nothing comes before it to predict it from
-    return Sequence(token_ids=token_ids, loss_mask=loss_mask)
+    token_ids, positions, repeats = expand_images(token_ids, images, encoder, where)
+    return Sequence(token_ids=token_ids, loss_mask=np.repeat(loss_mask, repeats), images=tuple(images), image_positions=positions)
 
 
-def tokenize_conversations(tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Conversation]) -> list[Sequence]:
-    """`tokenize_conversation` for each, with its source and id in errors.
+def tokenize_conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Conversation], *, encoder: ImageEncoder | None = None
+) -> list[Sequence]:
+    """`tokenize_conversation` for each, with its source and id in errors. `encoder`: the model's; None for a text model.
 
     Raises:
-        DataError: as `tokenize_conversation`; or a conversation has images, which a text tokenizer cannot express.
+        DataError: as `tokenize_conversation`; an image cannot be opened or encoded; or the model is a text model and there is one.
     """
     sequences = []
     for conversation in conversations:
         where = f"{conversation.source} row {conversation.id}".strip()
-        if conversation.images:
-            raise DataError(where, "has images, and the model is a text model", "remove the `images` column or use a vision model")
-        sequences.append(tokenize_conversation(tokenizer, conversation.messages, where))
+        images = encode_images(conversation.images, encoder, where)
+        sequences.append(
+            tokenize_conversation(
+                tokenizer, conversation.messages, where, images=images, encoder=encoder, tools=conversation.tools
+            )
+        )
     return sequences
 
 
@@ -154,7 +213,7 @@ def _examine(tokenizer: PreTrainedTokenizerBase, template: str) -> _ChatFormat:
     """Work out a template's marks and end tokens by rendering an exchange and looking at what follows the answer."""
     variables = dict(tokenizer.special_tokens_map)
     has_marks = _GENERATION_MARK.search(template) is not None
-    form = _ChatFormat(template, variables, has_marks, (), (), None)
+    form = _ChatFormat(template, variables, has_marks, (), (), re.compile(r"(?!)"), None)
     exchange = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _PROBE}]
     text, _ = _render(form, exchange, "chat template", generation_prompt=False)
     _, found, after = text.rpartition(_PROBE)
@@ -168,7 +227,10 @@ def _examine(tokenizer: PreTrainedTokenizerBase, template: str) -> _ChatFormat:
     # byte-level tokenizers name one of their special tokens as unknown token and never write it for text
     special = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, *end_ids}
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in special else None
-    return _ChatFormat(template, variables, has_marks, end_ids, tuple(tokenizer.convert_ids_to_tokens(list(end_ids))), unknown)
+    end_texts = tuple(tokenizer.convert_ids_to_tokens(list(end_ids)))
+    texts = {token.content for token in added.values() if token.special} | set(end_texts)
+    reserved = re.compile("|".join(re.escape(text) for text in sorted(texts - _THINK_TAGS, key=len, reverse=True)) or r"(?!)")
+    return _ChatFormat(template, variables, has_marks, end_ids, end_texts, reserved, unknown)
 
 
 def _render(
@@ -210,7 +272,11 @@ def _render_answers(form: _ChatFormat, messages: Items[Message], where: str) -> 
     thought = [tag for tag in _CLOSING_THINK_TAGS if tag in str(messages[answers[-1]]["content"])]
     if thought and spans and thought[0] not in text[slice(*spans[-1])]:
         raise DataError(where, f"the chat template drops the thinking before `{thought[0]}`", "use a template that keeps it")
-    return text, spans
+    context = [place for place, index in enumerate(answers) if messages[index].get("train") is False]
+    if context and len(spans) != len(answers):
+        found = f"the chat template marks {len(spans)} answers of {len(answers)}, so `train: false` cannot be placed"
+        raise DataError(where, found, "use a template that marks each answer once")
+    return text, [span for place, span in enumerate(spans) if place not in context]
 
 
 def _prefix(form: _ChatFormat, messages: Items[Message], index: int, text: str, where: str) -> int:
@@ -250,18 +316,31 @@ def _is_one_of(token_ids: np.ndarray, few: tuple[int, ...]) -> np.ndarray:
     return found
 
 
-def _check_contents(form: _ChatFormat, messages: Items[Message], where: str) -> None:
+def _check_contents(form: _ChatFormat, messages: Items[Message], images: int, where: str) -> None:
+    shown = 0
     for index, message in enumerate(messages):
         content = message.get("content")
-        if not isinstance(content, str):
-            raise DataError(where, f"turn {index} is not text ({type(content).__name__})", "a text model takes strings only")
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(where, f"turn {index} has half a character (surrogate) at position {error.start}", "remove it") from None
-        for end in form.end_texts:
-            if end in content:
-                raise DataError(where, f"turn {index} contains the end token `{end}`", "remove it: the chat template adds it")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list | tuple):
+            raise DataError(where, f"turn {index} is not text ({type(content).__name__})", "give a text, or parts of text and images")
+        for part in parts:
+            if part["type"] == "image":
+                shown += 1
+            else:
+                _check_text(form, part["text"], index, where)
+    if shown != images:
+        raise DataError(where, f"its messages show {shown} images and it has {images}", "give as many image parts as images")
+
+
+def _check_text(form: _ChatFormat, text: str, turn: int, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(where, f"turn {turn} has half a character (surrogate) at position {error.start}", "remove it") from None
+    found = form.reserved.search(text)
+    if found:
+        what = "end token" if found[0] in form.end_texts else "special token"
+        raise DataError(where, f"turn {turn} contains the {what} `{found[0]}`", "remove it: only the chat template writes it")
 
 
 def _check_known(form: _ChatFormat, tokenizer: PreTrainedTokenizerBase, text: str, ids: Items[int] | np.ndarray, where: str) -> None:

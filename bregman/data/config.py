@@ -14,7 +14,11 @@ from bregman.config import Config
 
 class _Source(Config):
     name: str = Field("", description="shown in tracking and errors; the file or function name if empty")
-    weight: PositiveFloat = Field(1.0, description="share of the mixture, relative to the other sources")
+    weight: PositiveFloat = Field(1.0, description="SFT in steps: share of the mixture, relative to the other sources")
+    passes: PositiveFloat = Field(1.0, description="SFT in epochs: how often each row is seen per epoch; 0.5 takes every other row")
+    format: Literal["rows", "mmmu", "mathvision", "mathvista"] = Field(
+        "rows", description="rows with the standard columns, or with the published ones of a benchmark"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="standard name -> column of the data; standard names: messages, prompt, completion, answer, id, difficulty, images",

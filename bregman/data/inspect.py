@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bregman.types import Sequence
+from bregman.types import ImagePatches, Sequence
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -89,8 +89,21 @@ def length_report(lengths: Items[int], limit: int, unit: str = "tokens") -> str:
     return "\n".join(lines)
 
 
+def image_report(sizes: Items[int], *, rows: int, with_images: int, tokens: int) -> str:
+    """Counts of the images of a source that has some.
+
+    Args:
+        sizes: tokens of each image.
+        rows: of the source, `with_images` of which show an image.
+        tokens: of all rows, text and images.
+    """
+    taken = sum(sizes)
+    share = f"{taken / len(sizes):.0f} tokens each on average ({taken / tokens:.0%} of all tokens), the largest {max(sizes)}"
+    return f"{len(sizes):,} images in {with_images:,} of {rows:,} rows: {share}"
+
+
 def colour_mask(tokenizer: PreTrainedTokenizerBase, sequence: Sequence) -> Text:
-    """The sequence's text: trained tokens bold green, the rest dim.
+    """The sequence's text: trained tokens bold green, the rest dim, the tokens of an image in one place.
 
     Runs of equal mask are decoded together, so that characters made of several tokens are shown whole.
     """
@@ -98,9 +111,26 @@ def colour_mask(tokenizer: PreTrainedTokenizerBase, sequence: Sequence) -> Text:
 
     text = Text()
     mask = np.asarray(sequence.loss_mask)
-    edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
+    begins = _image_begins(sequence)
+    cuts = {edge for begin, image in begins.items() for edge in (begin, begin + image.num_tokens)}
+    edges = sorted({0, len(mask), *cuts, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist()})
     for first, last in pairwise(edges):
+        if first in begins:
+            text.append(_image(begins[first]), style="cyan")
+            continue
         ids = sequence.token_ids[first:last].tolist()
         piece = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text.append(str(piece), style="bold green" if mask[first] else "dim")
     return text
+
+
+def _image_begins(sequence: Sequence) -> dict[int, ImagePatches]:
+    """Each image by the place of its first token."""
+    if sequence.image_positions is None:
+        return {}
+    firsts = np.cumsum([0, *(image.num_tokens for image in sequence.images[:-1])])
+    return dict(zip(sequence.image_positions[firsts].tolist(), sequence.images, strict=True))
+
+
+def _image(image: ImagePatches) -> str:
+    return f"[image {image.grid[0]} x {image.grid[1]} patches, {image.num_tokens} tokens]"

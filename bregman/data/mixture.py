@@ -1,57 +1,99 @@
-"""An endless weighted stream over several sources of examples, which can be entered at any position.
+"""The order in which the rows of several sources are drawn: endless, and can be entered at any position.
 
-Owns the order in which examples are drawn; knows nothing about what they are.
+Owns positions only; knows nothing about what the rows are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Generic, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-
-T = TypeVar("T")
 
 _DRAWS_PER_CHUNK = 4096
 
 
-class Mixture(Generic[T]):
-    """Each draw picks a source with probability proportional to its weight, then the next example of that source, in an order
-    that is shuffled anew for each pass over it.
+class Draw(NamedTuple):
+    """The draw with this `number` (from 0) of a mixture: `row` of `source`, both counted from 0."""
 
-    The stream depends on the lengths, the weights and the seed only.
+    number: int
+    source: int
+    row: int
+
+
+class Mixture:
+    """Each draw picks a source, then the next row of that source, in an order that is shuffled anew for each pass over it.
+
+    By weight, sources are picked at random with probability proportional to their weight. In epochs, each epoch holds every row of
+    a source as often as the source has passes, all in random order; of half a pass, every other epoch has the other rows.
+    The order depends on the arguments only.
 
     Args:
-        sources: the examples of each source, none of them empty.
-        weights: one positive number per source.
+        sizes: rows of each source, none of them 0.
+        weights: one positive number per source: relative shares, or passes per epoch.
         seed: of the choices of sources and of all orders.
+        epochs: `weights` are passes per epoch.
     """
 
-    def __init__(self, sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> None:
-        if not sources or len(sources) != len(weights) or not all(len(source) for source in sources) or min(weights) <= 0:
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, *, epochs: bool = False) -> None:
+        if not sizes or len(sizes) != len(weights) or min(sizes) <= 0 or min(weights) <= 0:
             raise ValueError("a mixture needs non-empty sources with one positive weight each")
-        self._sources, self._seed = sources, seed
+        self._sizes, self._weights, self._seed, self._epochs = list(sizes), list(weights), seed, epochs
         self._bounds = np.cumsum(weights) / np.sum(weights)
 
-    def examples(self, start: int = 0) -> Iterator[T]:
-        """The stream from draw `start` on. The draws before it are counted, not visited: their number is all a resume needs."""
-        drawn = np.zeros(len(self._sources), dtype=np.int64)
+    def draws(self, start: int = 0) -> Iterator[Draw]:
+        """The draws from `start` on. Those before it are counted, not visited: their number is all a resume needs."""
+        drawn = np.zeros(len(self._sizes), dtype=np.int64)
         orders: dict[int, tuple[int, np.ndarray]] = {}
-        for chunk in count():
-            choices = self._choices(chunk)
-            skip = min(max(start - chunk * _DRAWS_PER_CHUNK, 0), _DRAWS_PER_CHUNK)
-            drawn += np.bincount(choices[:skip], minlength=len(self._sources))
-            for choice in choices[skip:].tolist():
-                examples = self._sources[choice]
-                epoch, position = divmod(int(drawn[choice]), len(examples))
-                if choice not in orders or orders[choice][0] != epoch:
-                    orders[choice] = epoch, np.random.default_rng([self._seed, 1, choice, epoch]).permutation(len(examples))
-                drawn[choice] += 1
-                yield examples[int(orders[choice][1][position])]
+        index = 0
+        for choices in self._chunks():
+            skip = min(max(start - index, 0), len(choices))
+            drawn += np.bincount(choices[:skip], minlength=len(self._sizes))
+            index += skip
+            for source in choices[skip:].tolist():
+                turn, position = divmod(int(drawn[source]), self._sizes[source])
+                if source not in orders or orders[source][0] != turn:
+                    order = np.random.default_rng([self._seed, 1, source, turn]).permutation(self._sizes[source])
+                    orders[source] = turn, order
+                drawn[source] += 1
+                yield Draw(index, source, int(orders[source][1][position]))
+                index += 1
 
-    def _choices(self, chunk: int) -> np.ndarray:
-        """The sources of draws [chunk * 4096, (chunk + 1) * 4096)."""
-        uniform = np.random.default_rng([self._seed, 0, chunk]).random(_DRAWS_PER_CHUNK)
-        # rounding may leave the last bound a hair below 1
-        return np.minimum(np.searchsorted(self._bounds, uniform, side="right"), len(self._sources) - 1)
+    def draws_in(self, epochs: int) -> int:
+        """Draws of the first `epochs` epochs."""
+        return sum(int(size * passes * epochs) for size, passes in zip(self._sizes, self._weights, strict=True))
+
+    def draws_until_dry(self) -> tuple[int, int]:
+        """How many draws there are before the first that would repeat a row, and the source that it would repeat."""
+        before, drawn = 0, np.zeros(len(self._sizes), dtype=np.int64)
+        for choices in self._chunks():
+            after = drawn + np.bincount(choices, minlength=len(self._sizes))
+            dry = {}
+            for source in np.flatnonzero(after > self._sizes).tolist():
+                left = self._sizes[source] - int(drawn[source])
+                dry[int(np.flatnonzero(choices == source)[left])] = source
+            if dry:
+                return before + min(dry), dry[min(dry)]
+            before, drawn = before + len(choices), after
+        raise AssertionError("chunks never end")
+
+    def _chunks(self) -> Iterator[np.ndarray]:
+        """The sources of all draws, some thousands at a time."""
+        for number in count():
+            if self._epochs:
+                yield from self._epoch(number)
+            else:
+                uniform = np.random.default_rng([self._seed, 0, number]).random(_DRAWS_PER_CHUNK)
+                # rounding may leave the last bound a hair below 1
+                yield np.minimum(np.searchsorted(self._bounds, uniform, side="right"), len(self._sizes) - 1)
+
+    def _epoch(self, number: int) -> Iterator[np.ndarray]:
+        """A random order of as many picks of each source as its passes give; exact, without holding the order of a whole epoch."""
+        rng = np.random.default_rng([self._seed, 2, number])
+        pairs = zip(self._sizes, self._weights, strict=True)
+        left = np.asarray([int(size * passes * (number + 1)) - int(size * passes * number) for size, passes in pairs])
+        while total := int(left.sum()):
+            counts = rng.multivariate_hypergeometric(left, min(_DRAWS_PER_CHUNK, total))
+            left = left - counts
+            yield rng.permutation(np.repeat(np.arange(len(counts)), counts))

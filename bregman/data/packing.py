@@ -23,7 +23,8 @@ def pack(
 
     Args:
         sequences: at least one; `PackedBatch.sequence_index` refers to this list.
-        token_budget: most tokens of a micro-batch; a longer sequence gets a micro-batch of its own.
+        token_budget: most tokens of a micro-batch, image tokens included; a longer sequence gets a micro-batch of its own. The
+            patches of its distinct images, a few per image token, are encoded on top of it.
         normalizer: what the loss of the whole step is divided by.
         temperature: sampling temperature at which log-probabilities are taken.
         num_ranks: the number of micro-batches is a multiple of it; where sequences are too few, fillers make it up.
@@ -31,13 +32,31 @@ def pack(
     Raises:
         ValueError: no sequences, a malformed one, or a normalizer that is not positive.
     """
+    bins = _assign([len(sequence.token_ids) for sequence in sequences], token_budget, num_ranks)
+    return _batches(sequences, bins, normalizer, temperature)
+
+
+def pack_rows(rows: Collection[Collection[Sequence]], *, normalizer: float, num_ranks: int = 1) -> list[PackedBatch]:
+    """Micro-batches of rows that are chosen already (`bregman.data.rows`), and fillers up to a multiple of `num_ranks`.
+
+    `PackedBatch.sequence_index` counts the sequences of all rows in order.
+
+    Raises:
+        ValueError: as `pack`.
+    """
+    ends = np.cumsum([len(row) for row in rows]).tolist()
+    bins = [list(range(end - len(row), end)) for row, end in zip(rows, ends, strict=True)]
+    bins += [[] for _ in range(-len(bins) % num_ranks)]
+    return _batches([sequence for row in rows for sequence in row], bins, normalizer, temperature=1.0)
+
+
+def _batches(sequences: Collection[Sequence], bins: list[list[int]], normalizer: float, temperature: float) -> list[PackedBatch]:
     if not sequences:
         raise ValueError("nothing to pack: the optimizer step has no sequences")
     if not normalizer > 0:
         raise ValueError(f"the normalizer must be positive, found {normalizer}")
     for index, sequence in enumerate(sequences):
         _check(sequence, index)
-    bins = _assign([len(sequence.token_ids) for sequence in sequences], token_budget, num_ranks)
     with_logprobs = [sequence.rollout_logprobs is not None for sequence in sequences]
     if any(with_logprobs) != all(with_logprobs):
         raise ValueError("either all sequences of an optimizer step have rollout_logprobs, or none has")
@@ -57,6 +76,10 @@ def _check(sequence: Sequence, index: int) -> None:
         raise ValueError(f"sequence {index}: its first token cannot be a training target, nothing predicts it")
     if sequence.rollout_logprobs is not None and len(sequence.rollout_logprobs) != length:
         raise ValueError(f"sequence {index} has {length} tokens and {len(sequence.rollout_logprobs)} rollout_logprobs")
+    placeholders = 0 if sequence.image_positions is None else len(sequence.image_positions)
+    features = sum(image.num_tokens for image in sequence.images)
+    if placeholders != features:
+        raise ValueError(f"sequence {index} has {placeholders} image placeholders and {features} image tokens")
 
 
 def _assign(lengths: list[int], token_budget: int, num_ranks: int) -> list[list[int]]:
@@ -91,7 +114,24 @@ def _batch(sequences: list[Sequence], indices: list[int], normalizer: float, tem
         normalizer=float(normalizer),
         temperature=temperature,
         rollout_logprobs=torch.from_numpy(np.concatenate(logprobs).astype(np.float32)) if logprobs else None,
+        **_images(sequences, boundaries),
     )
+
+
+def _images(sequences: list[Sequence], boundaries: np.ndarray) -> dict[str, torch.Tensor]:
+    """The image fields of a pack: every distinct image (by identity) once, and which of their features each placeholder takes."""
+    distinct = list({id(image): image for sequence in sequences for image in sequence.images}.values())
+    if not distinct:
+        return {}
+    ends = np.cumsum([image.num_tokens for image in distinct])
+    features = {id(image): np.arange(end - image.num_tokens, end) for image, end in zip(distinct, ends.tolist(), strict=True)}
+    shown = [(sequence, start) for sequence, start in zip(sequences, boundaries.tolist(), strict=False) if sequence.images]
+    return {
+        "pixel_values": torch.from_numpy(np.concatenate([image.pixels for image in distinct])),
+        "image_grid": torch.tensor([image.grid for image in distinct], dtype=torch.int64),
+        "image_positions": torch.from_numpy(np.concatenate([start + sequence.image_positions for sequence, start in shown])),
+        "image_rows": torch.from_numpy(np.concatenate([features[id(image)] for sequence, _ in shown for image in sequence.images])),
+    }
 
 
 def _filler(normalizer: float, temperature: float, *, rollout_logprobs: bool) -> PackedBatch:

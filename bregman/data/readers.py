@@ -13,12 +13,15 @@ import inspect
 import json
 import sys
 import traceback
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from bregman.data.benchmarks import ADAPTERS
 from bregman.data.config import HubSource, JsonlSource, ParquetSource, PythonSource, SourceConfig, StageSource
 from bregman.errors import DataError
 
@@ -32,24 +35,33 @@ class Rows:
 
     Attributes:
         name: of the source, in errors and tracking.
-        items: rows as they were read; a list, or a `datasets.Dataset` on disk.
+        items: rows as they were read: a list, the lines of files, or a `datasets.Dataset` on disk.
         columns: standard name -> column; a mapped row has the column under both names.
         numbers: what each row is called; empty if rows are counted from 0. JSON Lines rows are called by their line, from 1.
+        paths: the files that hold the rows; empty for those of a generator or of the hub.
+        format: `rows`, or whose columns they have (`bregman.data.benchmarks`).
     """
 
     name: str
-    items: Sequence[Mapping[str, Any]] | datasets.Dataset
+    items: Sequence[Mapping[str, Any]] | _JsonLines | datasets.Dataset
     columns: Mapping[str, str] = field(default_factory=dict)
     numbers: Sequence[str] = ()
+    paths: Sequence[Path] = ()
+    format: str = "rows"
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._mapped(self.items[index])
+        row = self.items[index]
+        for standard, actual in self.columns.items():
+            if actual not in row:
+                raise DataError(self.where(index), f"no column `{actual}`, mapped to `{standard}`", unknown_name(actual, row))
+        row = {**row, **{standard: row[actual] for standard, actual in self.columns.items()}}
+        return row if self.format == "rows" else ADAPTERS[self.format](row, self.where(index))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self._mapped(row) for row in self.items)
+        return (self[index] for index in range(len(self)))
 
     def number(self, index: int) -> str:
         """What row `index` is called within its source."""
@@ -59,8 +71,17 @@ class Rows:
         """What row `index` is called in an error."""
         return f"{self.name} row {self.number(index)}"
 
-    def _mapped(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, **{standard: row[actual] for standard, actual in self.columns.items()}}
+    def content_hash(self) -> str | None:
+        """Of the bytes of the files, or of what the hub's data set was made from, and of the mapping; None for a generator's rows."""
+        digest = hashlib.sha256(json.dumps([self.format, sorted(self.columns.items())]).encode())
+        for path in self.paths:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        fingerprint = getattr(self.items, "_fingerprint", None)
+        if not self.paths and fingerprint is None:
+            return None
+        digest.update(b"" if self.paths else str(fingerprint).encode())
+        return digest.hexdigest()
 
 
 def source_name(source: SourceConfig) -> str:
@@ -76,8 +97,9 @@ def read_rows(source: SourceConfig, base_folder: Path, seed: int) -> Rows:
     """Open `source`; relative paths start at `base_folder`, the recipe's.
 
     A Python source is called as `function(seed=seed, **args)`; a `seed` among its `args` wins, so that held-out problems can
-    be the same in every run. Its rows and those of JSON Lines files stay plain Python objects (no import of `datasets`, whose
-    JSON reader also turns text that looks like a date into one). Parquet and hub data are memory-mapped `datasets`.
+    be the same in every run. Its rows stay plain Python objects; those of JSON Lines files are read from their place in the file
+    when they are asked for (without `datasets`, whose JSON reader also turns text that looks like a date into one). Parquet and hub
+    data are memory-mapped `datasets`.
 
     Raises:
         DataError: the source is missing, malformed or empty, its generator fails, or a mapped column does not exist.
@@ -95,8 +117,7 @@ def read_rows(source: SourceConfig, base_folder: Path, seed: int) -> Rows:
             raise TypeError("a stage source is resolved to the file it stands for before it is read (recipes.context)")
     if not len(rows):
         raise DataError(rows.name, "has no rows", "check the path, the split, or the generator's arguments")
-    _check_columns(rows)
-    return rows
+    return rows if source.format == "rows" else replace(rows, format=source.format)
 
 
 def unknown_name(found: str, known: Iterable[str]) -> str:
@@ -105,17 +126,6 @@ def unknown_name(found: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
     listed = ", ".join(names) or "nothing"
     return f"did you mean `{close[0]}`? (there is: {listed})" if close else f"there is: {listed}"
-
-
-def _check_columns(rows: Rows) -> None:
-    if not rows.columns:
-        return
-    # a file's columns are the same in every row; those of Python and JSON rows need not be
-    every_row: Iterable[Iterable[str]] = rows.items if isinstance(rows.items, list) else [rows.items[0]]
-    for index, row in enumerate(every_row):
-        for standard, actual in rows.columns.items():
-            if actual not in row:
-                raise DataError(rows.where(index), f"no column `{actual}`, mapped to `{standard}`", unknown_name(actual, row))
 
 
 def _read_python(source: PythonSource, base_folder: Path, seed: int) -> Rows:
@@ -154,6 +164,8 @@ def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise DataError(str(path), "is not a Python file", "give a file that ends in .py")
+    if (folder := str(path.parent)) not in sys.path:
+        sys.path.append(folder)  # a generator may import the files beside it, as rewards may
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -174,22 +186,71 @@ def _failed(path: Path, error: BaseException) -> DataError:
     return DataError(f"{path}:{line}" if line else str(path), f"{type(error).__name__}: {message}", "mend the generator")
 
 
-def _read_jsonl(source: JsonlSource, base_folder: Path) -> Rows:
-    items: list[dict[str, Any]] = []
-    numbers: list[str] = []
-    paths = _files(source.path, base_folder)
-    for path in paths:
+class _JsonLines:
+    """The lines of JSON Lines files that are not blank, parsed when they are asked for; only their places are kept in memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._files: list[BinaryIO | None] = [None] * len(paths)
+        self._offsets, self._numbers, self._ends = array("q"), array("q"), list[int]()
+        for path in paths:
+            try:
+                with path.open("rb") as lines:
+                    self._index(lines)
+            except OSError as error:
+                raise DataError(str(path), f"cannot be read ({error.strerror})", "check its permissions") from None
+            self._ends.append(len(self._offsets))
+
+    def _index(self, lines: BinaryIO) -> None:
+        offset = 0
+        for number, line in enumerate(lines, start=1):
+            if line.strip(b" \t\r\n\xef\xbb\xbf"):
+                self._offsets.append(offset)
+                self._numbers.append(number)
+            offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, number = self.place(index)
+        which = bisect_right(self._ends, index)
+        file = self._files[which] or path.open("rb")
+        self._files[which] = file
+        file.seek(self._offsets[index])
         try:
-            with path.open(encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        items.append(_json_row(line, f"{path}:{number}"))
-                        numbers.append(str(number) if len(paths) == 1 else f"{path.name}:{number}")
+            line = file.readline().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(str(path), f"is not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
-        except OSError as error:
-            raise DataError(str(path), f"cannot be read ({error.strerror})", "check its permissions") from None
-    return Rows(name=source_name(source), items=items, columns=source.columns, numbers=numbers)
+            where = f"{path}:{number}"
+            raise DataError(where, f"is not UTF-8 text ({error.reason} at byte {error.start} of the line)", "convert the file") from None
+        return _json_row(line, f"{path}:{number}")
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """The file and the line, from 1, of a row."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends iteration
+        return self._paths[bisect_right(self._ends, index)], self._numbers[index]
+
+
+class _LineNames(Sequence[str]):
+    """What the rows of JSON Lines files are called."""
+
+    def __init__(self, lines: _JsonLines, *, with_file: bool) -> None:
+        self._lines, self._with_file = lines, with_file
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        path, number = self._lines.place(index)
+        return f"{path.name}:{number}" if self._with_file else str(number)
+
+
+def _read_jsonl(source: JsonlSource, base_folder: Path) -> Rows:
+    paths = _files(source.path, base_folder)
+    lines = _JsonLines(paths)
+    names = _LineNames(lines, with_file=len(paths) > 1)
+    return Rows(name=source_name(source), items=lines, columns=source.columns, numbers=names, paths=paths)
 
 
 def _json_row(line: str, where: str) -> dict[str, Any]:
@@ -225,7 +286,24 @@ def _read_parquet(source: ParquetSource, base_folder: Path) -> Rows:
         table = datasets.Dataset.from_parquet([str(path) for path in paths])
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
         raise DataError(name, f"cannot be read ({_first_line(error.__cause__ or error)})", "check how it was written") from None
-    return Rows(name=name, items=table, columns=source.columns)
+    return Rows(name=name, items=_undecoded(table), columns=source.columns, paths=paths)
+
+
+def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """`table` with its images as files: they are opened where a row is used, which can then be named if one is broken."""
+    import datasets
+
+    def raw(feature: Any) -> Any:
+        if isinstance(feature, datasets.Image):
+            return datasets.Image(decode=False)
+        if isinstance(feature, datasets.List | datasets.LargeList):
+            inner = raw(feature.feature)
+            return datasets.LargeList(inner) if isinstance(feature, datasets.LargeList) else datasets.List(inner, feature.length)
+        return {name: raw(part) for name, part in feature.items()} if isinstance(feature, dict) else feature
+
+    # the stored bytes are the same, so that nothing is rewritten as `Dataset.cast` would
+    table.info.features = datasets.Features({name: raw(feature) for name, feature in table.features.items()})
+    return table
 
 
 def _read_hub(source: HubSource, base_folder: Path) -> Rows:
@@ -238,7 +316,7 @@ def _read_hub(source: HubSource, base_folder: Path) -> Rows:
     except Exception as error:  # it raises about anything: connection, missing id, unknown split, malformed files
         fix = "check the id, `subset`, `split` and `revision`, and that the hub can be reached or the data set is in the local cache"
         raise DataError(f"hub data set `{source.path}`", f"cannot be loaded ({_first_line(error)})", fix) from None
-    return Rows(name=source_name(source), items=table, columns=source.columns)
+    return Rows(name=source_name(source), items=_undecoded(table), columns=source.columns)
 
 
 def _files(pattern: str, base_folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ KEY_METRICS: Mapping[str, tuple[str, str]] = {
     "grad_norm": ("grad norm", ".3g"),
     "parity/logprob_diff_max": ("parity", ".1e"),
     "tokens_per_second": ("tokens/s", ",.0f"),
+    "samples_per_second": ("samples/s", ",.1f"),
     "rollout_tokens_per_second": ("rollout tokens/s", ",.0f"),
 }
 """Metrics worth a place on the console, in order: label and format."""
@@ -102,6 +103,11 @@ class Console:
         resumed = f", goes on after {first_step}" if first_step else ""
         length = f": {total_steps} {self._unit}s" if total_steps > 1 else ""
         self._print(f"{self._title} ({kind}){length}{resumed}")
+
+    @_never_fails
+    def plan(self, total_steps: int) -> None:
+        with self._lock:
+            self._total = total_steps
 
     @_never_fails
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -212,6 +218,9 @@ class PlainTracker:
 
     def rollouts(self, step: int, groups: Sequence[Group], *, split: str = "train") -> None:
         return
+
+    def plan(self, total_steps: int) -> None:
+        """The steps are counted as they come."""
 
     def waiting_for(self, what: str) -> None:
         print(f"waiting for {what}", file=sys.stderr)

@@ -5,6 +5,8 @@ Owns the page. What it shows comes from `run_data` and `charts`; written anew af
 
 from __future__ import annotations
 
+import base64
+import io
 import time
 from collections.abc import Mapping
 from html import escape
@@ -14,12 +16,15 @@ from typing import Any
 from bregman.tracking.charts import is_rl, learning_curve, stage_charts, watch_charts
 from bregman.tracking.console import duration
 from bregman.tracking.disk import write_text
+from bregman.tracking.rollouts import images_folder
 from bregman.tracking.run_data import RunData, StageData, primary_reward, read_run, sample_rollouts
 from bregman.tracking.run_folder import RunFolder
 from bregman.tracking.svg import DARK, LIGHT, STYLE
 
 _LONGEST_TEXT = 6000
 """Characters of a prompt or response shown; the middle of longer ones is left out."""
+_MOST_IMAGES, _LONGEST_SIDE = 4, 320
+"""Images shown of a problem, and pixels of their longer side."""
 _MOST_WARNINGS = 200
 _WATCH = "reward hacking watch: "
 """With this the warnings of `rl.hacking_watch` begin."""
@@ -40,6 +45,7 @@ th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left} t
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--soft);border-radius:6px;padding:10px;margin:6px 0 10px;max-height:420px;
 overflow:auto;font:12.5px/1.45 ui-monospace,monospace} .mark{font-weight:600} .right{color:var(--c2)} .wrong{color:var(--c6)}
 details{margin:10px 0} summary{cursor:pointer;font-weight:600} .warnings{border-left:3px solid var(--c1);max-height:300px}
+figure{margin:6px 0;display:flex;flex-wrap:wrap;gap:8px;align-items:flex-end;font-size:13px} figure img{max-width:100%}
 dl{display:grid;grid-template-columns:auto 1fr;gap:0 12px;margin:0;font-size:13px} dt{color:var(--faint)} dd{margin:0}
 """
 )
@@ -108,16 +114,17 @@ def _stage(folder: RunFolder, stage: StageData) -> str:
     if samples:
         parts.append("<h3>Sample responses</h3>")
         label = "iteration {}" if is_rl(stage) else "evaluation at step {}"
-        parts += [_samples(label.format(step), rows, opened=step == samples[-1][0]) for step, rows in samples]
+        images = images_folder(folder.rollouts_folder(stage.name))
+        parts += [_samples(label.format(step), rows, images, opened=step == samples[-1][0]) for step, rows in samples]
     return _section(f"Stage {escape(stage.name)}", "".join(parts)) if parts else ""
 
 
-def _samples(label: str, rows: list[dict[str, Any]], opened: bool) -> str:
-    shown = "".join(_sample(row) for row in rows)
+def _samples(label: str, rows: list[dict[str, Any]], images: Path, opened: bool) -> str:
+    shown = "".join(_sample(row, images) for row in rows)
     return f'<details{" open" if opened else ""}><summary>{label}</summary><div class="samples">{shown}</div></details>'
 
 
-def _sample(row: Mapping[str, Any]) -> str:
+def _sample(row: Mapping[str, Any], images: Path) -> str:
     right = (primary_reward(row) or 0.0) >= 1.0
     mark = f'<span class="mark {"right" if right else "wrong"}">{"right" if right else "wrong"}</span>'
     facts = {
@@ -131,8 +138,30 @@ def _sample(row: Mapping[str, Any]) -> str:
     }
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value not in (None, ""))
     where = f"problem {escape(row['problem_id'])}, sample {row['sample_index']}, {row['num_tokens']} tokens"
-    texts = f"<pre>{_text(row['prompt'])}</pre><pre>{_text(row['response'])}</pre>"
+    texts = f"{_images(row['images'], images)}<pre>{_text(row['prompt'])}</pre><pre>{_text(row['response'])}</pre>"
     return f'<div class="sample">{mark} <span class="faint">{where}</span>{texts}<dl>{listed}</dl></div>'
+
+
+def _images(names: list[str], folder: Path) -> str:
+    """The problem's images, small and within the page."""
+    if not names:
+        return ""
+    left_out = len(names) - _MOST_IMAGES
+    more = f'<span class="faint">and {left_out} more</span>' if left_out > 0 else ""
+    return f"<figure>{''.join(_image(folder / Path(name).name) for name in names[:_MOST_IMAGES])}{more}</figure>"
+
+
+def _image(path: Path) -> str:
+    from PIL import Image
+
+    small = io.BytesIO()
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+            image.save(small, "PNG")
+    except (OSError, ValueError, SyntaxError):
+        return f'<span class="faint">{escape(path.name)} cannot be read</span>'
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}">'
 
 
 def _watch(run: RunData) -> str:

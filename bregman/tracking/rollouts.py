@@ -1,6 +1,7 @@
 """Rollouts as Parquet: every response of an iteration, with its rewards and its fate, one row each.
 
-Owns the table's columns, writing and reading it.
+Owns the table's columns, writing and reading it. The images of problems lie beside the stages' folders, each content once, as
+`images/<hash>.png`; rows hold their names.
 """
 
 from __future__ import annotations
@@ -10,23 +11,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bregman.data.images import content_hash, named, open_image
 from bregman.tracking.disk import written_aside
 from bregman.types import Group, Message, Problem, Trajectory
 
 if TYPE_CHECKING:
     import pyarrow
 
+LONGEST_SIDE = 1024
+"""Pixels; larger images are kept in this size: they are for looking at."""
+
 
 def write_rollouts(path: Path, iteration: int, groups: Sequence[Group]) -> None:
-    """Write every trajectory of `groups` to the Parquet file `path`, at once.
+    """Write every trajectory of `groups` to the Parquet file `path`, at once, and images that are not there yet beside its folder.
 
     Raises:
-        UserError: no space, or not writable.
+        UserError: no space, or not writable; or an image can no longer be read.
     """
     import pyarrow
     import pyarrow.parquet
 
-    rows = [_row(iteration, group.problem, trajectory) for group in groups for trajectory in group.trajectories]
+    names = [_store_images(group.problem, images_folder(path.parent)) for group in groups]
+    rows = [
+        _row(iteration, group.problem, trajectory, images)
+        for group, images in zip(groups, names, strict=True)
+        for trajectory in group.trajectories
+    ]
     table = pyarrow.Table.from_pylist(rows, schema=_schema())
     with written_aside(path) as aside:
         pyarrow.parquet.write_table(table, aside, compression="zstd")
@@ -40,6 +50,11 @@ def read_rollouts(path: Path, *, token_ids: bool = False) -> list[dict[str, Any]
     columns = [name for name in _schema().names if name not in left_out]
     rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
     return [{**row, "reward_parts": dict(row["reward_parts"])} for row in rows]
+
+
+def images_folder(stage_folder: Path) -> Path:
+    """Where the images lie that the rollouts in `stage_folder` name."""
+    return stage_folder.parent / "images"
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
@@ -59,7 +74,24 @@ def _part_text(part: Mapping[str, Any]) -> str:
     return str(part["text"]) if part.get("type") == "text" else f"<{part.get('type', 'part')}>"
 
 
-def _row(iteration: int, problem: Problem, trajectory: Trajectory) -> dict[str, Any]:
+def _store_images(problem: Problem, folder: Path) -> list[str]:
+    """Names of the problem's images, written to `folder` unless they are there."""
+    names = []
+    for index, payload in enumerate(problem.images):
+        where = named(f"problem {problem.id}", index, len(problem.images))
+        path = folder / f"{content_hash(payload, where)}.png"
+        if not path.exists():
+            image = open_image(payload, where)
+            if max(image.size) > LONGEST_SIDE:
+                image = image.copy()
+                image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            with written_aside(path) as aside:
+                image.save(aside, "PNG")
+        names.append(path.name)
+    return names
+
+
+def _row(iteration: int, problem: Problem, trajectory: Trajectory, images: list[str]) -> dict[str, Any]:
     return {
         "iteration": iteration,
         "problem_id": problem.id,
@@ -67,6 +99,7 @@ def _row(iteration: int, problem: Problem, trajectory: Trajectory) -> dict[str, 
         "source": problem.source,
         "difficulty": problem.difficulty,
         "prompt": prompt_text(problem.messages),
+        "images": images,
         "answer": problem.answer,
         "response": trajectory.text,
         "num_tokens": len(trajectory.token_ids),
@@ -93,6 +126,7 @@ def _schema() -> pyarrow.Schema:
             "source": pa.string(),
             "difficulty": pa.float64(),
             "prompt": pa.string(),
+            "images": pa.list_(pa.string()),
             "answer": pa.string(),
             "response": pa.string(),
             "num_tokens": pa.int32(),

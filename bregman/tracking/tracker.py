@@ -94,6 +94,10 @@ class RunTracker:
         self._close_events()
         self._console.end_stage(seconds, evaluation)
 
+    def plan(self, total_steps: int) -> None:
+        """Say how many steps the stage will take, where that shows only once it runs."""
+        self._console.plan(total_steps)
+
     def waiting_for(self, what: str) -> None:
         """Say on the console what the run is waiting for, until the next `log` or wait."""
         self._console.waiting_for(what)

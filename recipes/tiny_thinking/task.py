@@ -200,12 +200,12 @@ def operator_search(
     prompts: Sequence[Any], completions: Sequence[Completion], digits: Sequence[str], target: Sequence[int], **columns: Any
 ) -> list[float]:
     """1 if the final answer uses the digits in order and has the target as its value, else 0. What was thought is ignored."""
-    return [float(_solves(_parts(c)[1], d, t)) for c, d, t in zip(completions, digits, target, strict=True)]
+    return [float(_solves(parts(c)[1], d, t)) for c, d, t in zip(completions, digits, target, strict=True)]
 
 
 def gave_up(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> list[float]:
     """1 if the thinking ends in the mark of giving up."""
-    return [float((_parts(c)[0] or "").endswith(GIVE_UP_MARK)) for c in completions]
+    return [float((parts(c)[0] or "").endswith(GIVE_UP_MARK)) for c in completions]
 
 
 def wrong_claim(
@@ -214,7 +214,7 @@ def wrong_claim(
     """1 if a completion thinks, does not give up, and answers wrongly all the same: it claims a solution that is none."""
     scores = []
     for completion, d, t in zip(completions, digits, target, strict=True):
-        thought, answer = _parts(completion)
+        thought, answer = parts(completion)
         claims = thought is not None and answer is not None and not thought.endswith(GIVE_UP_MARK)
         scores.append(float(claims and not _solves(answer, d, t)))
     return scores
@@ -228,7 +228,7 @@ def flawed_thinking(
     That is: every line is a correct attempt at this puzzle, none but the last is a hit, it gives up exactly if the last is no
     hit, and it answers with its last attempt. Neither the order of attempts nor their number matters.
     """
-    return [float(not _sound(*_parts(c), str(d), int(t))) for c, d, t in zip(completions, digits, target, strict=True)]
+    return [float(not _sound(*parts(c), str(d), int(t))) for c, d, t in zip(completions, digits, target, strict=True)]
 
 
 def _sound(thought: str | None, answer: str | None, digits: str, target: int) -> bool:
@@ -246,7 +246,7 @@ def _sound(thought: str | None, answer: str | None, digits: str, target: int) ->
     )
 
 
-def _parts(completion: Completion) -> tuple[str | None, str | None]:
+def parts(completion: Completion) -> tuple[str | None, str | None]:
     """(thinking, answer): thinking is None without a think block, answer is None if the block is never closed."""
     text = completion if isinstance(completion, str) else "".join(str(message["content"]) for message in completion)
     thought, closed, answer = text.rpartition("</think>")

@@ -11,6 +11,7 @@ from recipes import cli
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
+SELF_CONTAINED = [path for path in RECIPES if path.parent.name != "kimi_vl_thinking"]  # those need weights and data of the user's
 
 TASK = """
 def problems(*, seed, count=4):
@@ -124,7 +125,7 @@ def one_line(capsys, code: int) -> str:
     return error
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", SELF_CONTAINED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_recipe_passes_check(path, capsys):
     assert cli.main(["check", str(path)]) == 0
     assert "the recipe is ready to run" in capsys.readouterr().out
@@ -141,7 +142,7 @@ def test_check_says_what_a_run_would_do(recipe, capsys):
     text = capsys.readouterr().out
     assert "4 problems x 4 samples = 16 responses -> 2 optimizer steps of up to 2 groups (8 responses)" in text
     assert "right = 1" in text
-    assert "2 of 11 conversations are above max_length 14 and would be skipped" in text
+    assert "11 rows: 9 used whole, 2 above max_length 14 skipped" in text
 
 
 def test_check_warns_that_tau_has_no_effect_with_one_step(recipe, capsys):
@@ -161,7 +162,7 @@ def test_check_warns_that_tau_has_no_effect_with_one_step(recipe, capsys):
         (sft(sources=[{**source("conversations"), "columns": {"completion": "ansr"}}]), "ansr"),
         (sft(sources=[source("empty")]), "task.py:empty"),
         (sft(sources=[source("broken")]), "colour"),
-        (sft(max_length=13), "4 of 4 conversations are above max_length 13; set max_length: 14, or too_long: skip"),
+        (sft(max_length=13), "row 0: 14 tokens, max_length is 13 (4 of 4 conversations are longer); set max_length: 14, or too_long: skip (or truncate)"),
         (sft(max_length=13, too_long="skip"), "no conversation is left"),
         (sft(optimizer={"kind": "moun", "learning_rate": 0.001}), "did you mean `muon`?"),
         (merge({"stage": "sft"}, {"stage": "rll"}), "models[1].stage: no earlier stage `rll` leaves a model; there is: start, sft, rl"),

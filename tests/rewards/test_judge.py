@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from bregman.chat_client import Unanswered
 from bregman.errors import RewardError
 from rewards.call import Failure, Sample
 from rewards.config import RewardConfig, RewardsConfig
 from rewards.judge import _state, judge, read_verdict
-from rewards.judge_client import Unanswered
 from rewards.pool import RewardPool
 
 

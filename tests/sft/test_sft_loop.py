@@ -1,18 +1,18 @@
 """The supervised loop on fakes: it learns, normalises over trained tokens, extends until its gate passes, and resumes exactly."""
 
 import copy
-from itertools import islice
+import json
 
 import numpy as np
 import pytest
 import torch
 from fakes import BigramLearner, ListTracker
 
-from bregman.data.mixture import Mixture
-from bregman.errors import GateError
+from bregman.errors import DataError, GateError
 from bregman.types import Sequence
 from sft.config import SFTConfig
-from sft.loop import Draw, Parts, next_minibatch, train
+from sft.loop import Parts, next_step, train
+from sft.stream import plan_stream
 
 
 def sequence(*tokens: int) -> Sequence:
@@ -20,6 +20,19 @@ def sequence(*tokens: int) -> Sequence:
 
 
 SOURCES = [[sequence(1, 2, 3, 3, 0), sequence(1, 2, 3, 0), sequence(1, 3, 4, 5, 3, 0)], [sequence(1, 4, 2, 0), sequence(1, 4, 2, 2, 0)]]
+
+
+class Listed:
+    """`sft.stream.Examples` of a list."""
+
+    def __init__(self, examples, name="listed") -> None:
+        self.name, self.examples = name, examples
+        self.lengths = np.asarray([len(example.token_ids) for example in examples])
+
+    def __getitem__(self, row: int) -> Sequence:
+        return self.examples[row]
+
+
 EVALUATION = {
     "problems": {"kind": "python", "path": "unused.py:unused"},
     "sampling": {"max_tokens": 4},
@@ -39,14 +52,28 @@ def config(**changes) -> SFTConfig:
     return SFTConfig.model_validate({**settings, **changes})
 
 
+def planned(settings: SFTConfig, sources=SOURCES):
+    return [
+        plan_stream(
+            phase,
+            [Listed(examples) for examples in sources],
+            [1.0] * len(sources),
+            seed=number,
+            on_exhausted=settings.on_exhausted,
+            tokens_per_micro_batch=12,
+            num_ranks=1,
+        )
+        for number, phase in enumerate(settings.plan)
+    ]
+
+
 class Run:
     def __init__(self, gate=lambda step: 0.0) -> None:
         self.learner, self.tracker, self.gate, self.saved = BigramLearner(), ListTracker(), gate, {}
 
     def train(self, settings: SFTConfig, first: int = 0, state=None) -> "Run":
-        mixture = Mixture(SOURCES, [1.0, 1.0], seed=0)
-        parts = Parts(learner=self.learner, tracker=self.tracker, examples=mixture.examples, save=self._save, gate=self.gate)
-        train(settings, parts, tokens_per_micro_batch=12, first=first, state=state)
+        parts = Parts(learner=self.learner, tracker=self.tracker, save=self._save, gate=self.gate)
+        train(planned(settings), parts, gate=settings.gate, first=first, state=state)
         return self
 
     def _save(self, step, state):
@@ -68,10 +95,10 @@ def test_steps_hold_whole_examples_within_the_budget_and_are_normalised_by_train
 
 
 def test_a_longer_example_than_the_budget_still_gets_its_step():
-    long = sequence(*range(6), *range(6))
-    draw = Draw(iter([long, sequence(1, 2, 3), sequence(1, 2, 3)]), 0)
-    assert sum(batch.num_tokens for batch in next_minibatch(draw, 5, 5, 1)) == 12
-    assert draw.count == 1
+    (stream,) = planned(config(tokens_per_step=5, epochs=1, steps=None), [[sequence(*range(6), *range(6)), sequence(1, 2, 3)]])
+    filler = stream.filler()
+    steps = [next_step(stream, filler, 1).minibatch for _ in range(stream.steps)]
+    assert sorted(sum(batch.num_tokens for batch in step) for step in steps) == [3, 12]
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -117,10 +144,101 @@ def test_resume_repeats_the_undisturbed_run_exactly(stop):
     assert torch.equal(whole.learner.table, resumed.learner.table)
 
 
-def test_draw_counts_what_was_taken_not_what_was_seen():
-    draw = Draw(iter(islice(SOURCES[0], 3)), 7)
-    draw.peek()
-    assert draw.count == 7
-    draw.take()
-    draw.peek()
-    assert draw.count == 8
+PHASES = {
+    "steps": None,
+    "max_length": None,
+    "schedule": {"kind": "cosine", "final_ratio": 0.1},
+    "phases": [
+        {"epochs": 8, "max_length": 10},
+        {"steps": 3, "max_length": 20, "tokens_per_step": 36, "learning_rate": 0.02, "schedule": {"kind": "linear", "warmup_steps": 1}},
+        {"epochs": 5, "max_length": 20},
+    ],
+}
+
+
+def drawn_by(run: Run) -> list[list[list[int]]]:
+    """Per step, the examples."""
+    return [
+        [batch.token_ids[start:end].tolist() for batch in step for start, end in zip(batch.boundaries, batch.boundaries[1:], strict=False)]
+        for step in run.learner.steps
+    ]
+
+
+class TestPhases:
+    def test_each_has_its_own_rate_rows_and_length(self):
+        settings = config(**PHASES)
+        streams = planned(settings)
+        run = Run().train(settings)
+        steps = [stream.steps for stream in streams]
+        assert len(run.learner.steps) == sum(steps) and steps[1] == 3
+        rates = [row["learning_rate"] for _, row in run.tracker.rows]
+        assert rates[steps[0] - 1] == pytest.approx(0.005)  # cosine to a tenth
+        assert rates[steps[0] : steps[0] + 3] == pytest.approx([0.02, 0.02, 0.002])  # warmed up again
+        assert rates[sum(steps[:2])] == pytest.approx(0.05)
+        assert [note.split(":")[0] for note in run.tracker.notes] == [f"step {steps[0]}", f"step {sum(steps[:2])}"]
+
+    def test_an_epoch_is_every_example_once(self):
+        settings = config(**PHASES)
+        (first, *_) = planned(settings)
+        drawn = [tuple(example) for step in drawn_by(Run().train(settings))[: first.steps] for example in step]
+        expected = [tuple(example.token_ids.tolist()) for source in SOURCES for example in source] * 8
+        assert sorted(drawn) == sorted(expected)
+
+    @pytest.mark.parametrize("stop", [1, 4, 7, 8, 9, 11, 12, 13])
+    def test_resume_repeats_the_undisturbed_run_exactly(self, stop):
+        whole = Run().train(config(**PHASES))
+        assert len(whole.learner.steps) > 13
+        resumed = Run()
+        state, table, optimizer = whole.saved[stop]
+        resumed.learner.table.data.copy_(table)
+        resumed.learner.optimizer.load_state_dict(optimizer)
+        resumed.train(config(**PHASES), first=stop, state=json.loads(json.dumps(state)))
+        assert drawn_by(resumed) == drawn_by(whole)[stop:]
+        assert torch.equal(whole.learner.table, resumed.learner.table)
+
+    def test_the_gate_comes_after_the_last_and_goes_on_with_new_epochs(self):
+        gate = {**TestGate.GATE, "extend_steps": 2}
+        answers = iter([0.1, 0.1, 0.9])
+        settings = config(**PHASES, gate=gate)
+        run = Run(lambda step: next(answers)).train(settings)
+        assert len(run.learner.steps) == sum(stream.steps for stream in planned(settings)) + 4
+
+    def test_fill_is_logged(self):
+        assert all(0 < row["pack_fill"] <= 1 for _, row in Run().train(config(**PHASES)).tracker.rows)
+
+
+class TestExhausted:
+    def test_stop_ends_when_the_first_source_has_been_drawn_through(self):
+        settings = config(steps=100, on_exhausted="stop")
+        (stream,) = planned(settings)
+        run = Run().train(settings)
+        drawn = [tuple(example) for step in drawn_by(run) for example in step]
+        assert len(run.learner.steps) == stream.steps < 100
+        assert len(set(drawn)) == len(drawn) == stream.limit
+
+    def test_stop_with_enough_rows_changes_nothing(self):
+        many = [SOURCES[0] * 100, SOURCES[1] * 100]
+        assert planned(config(on_exhausted="stop"), many)[0].steps == 12
+
+    def test_error_names_the_source_before_training(self):
+        with pytest.raises(DataError, match=r"listed: its \d rows are used up after \d of 100 steps; .*on_exhausted: repeat"):
+            planned(config(steps=100, on_exhausted="error"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 1}, "give either `steps` or `epochs`"),
+        ({"steps": None}, "give either `steps` or `epochs`"),
+        ({"max_length": None}, "give `max_length`, or `phases`"),
+        ({"phases": [{"steps": 1, "max_length": 5}]}, "`steps` and `phases` exclude each other"),
+        ({"sources": [{"kind": "jsonl", "path": "x", "passes": 2}]}, r"sources\[0\].passes has no effect .* steps; use `weight`"),
+        (
+            {"steps": None, "epochs": 1, "sources": [{"kind": "jsonl", "path": "x", "weight": 2}]},
+            r"sources\[0\].weight has no effect .* epochs; use `passes`",
+        ),
+    ],
+)
+def test_contradictions_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)

@@ -161,7 +161,7 @@ BAD_CONVERSATIONS = {
     "content is not text": (
         CHATML,
         [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}],
-        r"turn 0 is not text \(list\)",
+        r"its messages show 1 images and it has 0",
     ),
     "thinking rewritten in earlier turns": (
         CHATML_THINKING,
@@ -243,3 +243,55 @@ def test_answers_without_an_end_token_are_found_at_start():
     assert trained(tokenizer, sequence) == "world\n"
     with pytest.raises(DataError, match=r"no end token \(`<\|endoftext\|>`\) would be trained, so the model would never stop"):
         check_masks([sequence], tokenizer)
+
+
+# As Qwen's: schemas in the system turn, calls as JSON in tags, results in a user turn.
+TOOLS = (
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- for tool in tools %}{{- tool.function.name + '\\n' }}{%- endfor %}{{- '<|im_end|>\\n' }}"
+    "{%- endif %}{%- for message in messages %}"
+    "{%- if message.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}GENERATION{{- message.content }}"
+    "{%- for call in message.tool_calls or [] %}{{- '<call>' + call.function.name + call.function.arguments + '</call>' }}{%- endfor %}"
+    "{{- '<|im_end|>' }}ENDGENERATION{{- '\\n' }}"
+    "{%- elif message.role == 'tool' %}{{- '<|im_start|>user\\n<result>' + message.content + '</result><|im_end|>\\n' }}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+TOOLS_MARKED = TOOLS.replace("ENDGENERATION", "{%- endgeneration %}").replace("GENERATION", "{%- generation %}")
+TOOLS_PLAIN = TOOLS.replace("ENDGENERATION", "").replace("GENERATION", "")
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+CALLING = [
+    {"role": "system", "content": "hello"},
+    {"role": "user", "content": "world"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "four"},
+    {"role": "assistant", "content": "three"},
+]
+SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+@pytest.mark.parametrize("template", [TOOLS_MARKED, TOOLS_PLAIN], ids=["marked", "plain"])
+class TestTools:
+    def test_calls_are_trained_and_results_are_not(self, template):
+        tokenizer = byte_level(template)
+        sequence = tokenize_conversation(tokenizer, CALLING, tools=[SCHEMA])
+        assert trained(tokenizer, sequence) == '<call>add{"a": 1}</call><|im_end|>two<|im_end|>three<|im_end|>'
+        text = tokenizer.decode(sequence.token_ids.tolist())
+        assert text.startswith("<|im_start|>system\nadd\n<|im_end|>") and "<result>2</result>" in text
+        check_masks([sequence], tokenizer)
+
+    def test_turns_that_are_context_only(self, template):
+        tokenizer = byte_level(template)
+        messages = [dict(message) for message in CALLING]
+        messages[4]["train"] = messages[6]["train"] = False
+        sequence = tokenize_conversation(tokenizer, messages, tools=[SCHEMA])
+        assert trained(tokenizer, sequence) == '<call>add{"a": 1}</call><|im_end|>'
+        whole = tokenize_conversation(tokenizer, CALLING, tools=[SCHEMA])
+        assert whole.token_ids.tolist() == sequence.token_ids.tolist()
+
+    def test_through_a_conversation(self, template):
+        tokenizer = byte_level(template)
+        conversation = Conversation(id="1", messages=tuple(CALLING), tools=(SCHEMA,))
+        (sequence,) = tokenize_conversations(tokenizer, [conversation])
+        assert sequence.token_ids.tolist() == tokenize_conversation(tokenizer, CALLING, tools=[SCHEMA]).token_ids.tolist()

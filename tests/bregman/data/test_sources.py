@@ -211,7 +211,7 @@ def test_python_errors(tmp_path, case):
     (tmp_path / "broken.py").write_text("x = 1\ndef problems(:\n")
     (tmp_path / "needs.py").write_text("import no_such_module\n")
     with pytest.raises(DataError, match=expected) as caught:
-        read_rows(source(kind="python", **fields), tmp_path, 0)
+        list(read_rows(source(kind="python", **fields), tmp_path, 0))
     assert "\n" not in str(caught.value)
 
 
@@ -246,7 +246,7 @@ def test_file_errors(tmp_path, case, monkeypatch):
     (tmp_path / "data.jsonl").write_bytes(content)
     (tmp_path / "data.parquet").write_bytes(content)
     with pytest.raises(DataError, match=expected) as caught:
-        read_rows(source(kind=kind, path=path), tmp_path, 0)
+        list(read_rows(source(kind=kind, path=path), tmp_path, 0))
     assert "\n" not in str(caught.value)
 
 
@@ -259,7 +259,7 @@ def test_empty_parquet_and_missing_parquet_column(tmp_path):
         read_rows(source(kind="parquet", path="empty.parquet"), tmp_path, 0)
     write_parquet(tmp_path, [{"question": "1", "answer": "2"}])
     with pytest.raises(DataError, match="no column `qeustion`, mapped to `prompt`; did you mean `question`"):
-        read_rows(source(kind="parquet", path="data.parquet", columns={"prompt": "qeustion"}), tmp_path, 0)
+        list(read_rows(source(kind="parquet", path="data.parquet", columns={"prompt": "qeustion"}), tmp_path, 0))
 
 
 OK_ROW = {"prompt": "3+3=?", "answer": "6"}
@@ -272,7 +272,7 @@ PROBLEM_ERRORS = {
     "unknown role": ({"messages": [{"role": "human", "content": "1"}]}, r"`messages\[0\]` has the role 'human'; choose one of system"),
     "ShareGPT": ({"messages": [{"from": "human", "value": "1"}]}, "convert ShareGPT turns"),
     "content is null": ({"messages": [{"role": "user", "content": None}]}, "has None as its content"),
-    "image part": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts that are not text"),
+    "image part": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "1 places for images and its `images` column has 0"),
     "last turn is an answer": ({"messages": chat("1", "2")}, "its last turn is the assistant's"),
     "answer is an object": ({"prompt": "1", "answer": {"a": 1}}, "`answer` is a dict; give a text, a number, or a list of them"),
     "answers are lists": ({"prompt": "1", "answer": ["1", ["2"]]}, r"`answer\[1\]` is a list"),
@@ -331,7 +331,17 @@ CONVERSATION_ERRORS = {
     "starts with an answer": ({"messages": chat("1", "2")[1:]}, "its first turn is the assistant's"),
     "empty answer": ({"prompt": "1", "completion": " \n"}, "the assistant's answer in turn 1 is empty"),
     "unknown role": ({"messages": [*chat("1"), {"role": "gpt", "content": "2"}]}, r"`messages\[1\]` has the role 'gpt'"),
-    "images are no list": ({"prompt": "1", "completion": "2", "images": "x.png"}, "`images` is a str"),
+    "two questions": ({"messages": [*chat("1"), *chat("2", "3")]}, "turns 0 and 1 are both the user's; join them"),
+    "two answers": ({"messages": [*chat("1", "2"), *chat("3", "4")[1:]]}, "turns 1 and 2 are both the assistant's"),
+    "tool without a call": ({"messages": [*chat("1"), {"role": "tool", "content": "2"}, *chat("1", "2")[1:]]}, "turn 1 follows the user's"),
+    "nothing to train": (
+        {"messages": [*chat("1"), {"role": "assistant", "content": "2", "train": False}]},
+        "no assistant turn to train on: all have `train: false`",
+    ),
+    "train is no flag": ({"messages": [*chat("1"), {"role": "assistant", "content": "2", "train": 0.5}]}, "has 0.5 as `train`"),
+    "tools are no list": ({"prompt": "1", "completion": "2", "tools": {"name": "f"}}, "`tools` is dict, not a list"),
+    "tools are no JSON": ({"prompt": "1", "completion": "2", "tools": "[{"}, "`tools` is not valid JSON"),
+    "images are no list": ({"prompt": "1", "completion": "2", "images": "x.png"}, "0 places for images and its `images` column has 1"),
 }
 
 
@@ -340,3 +350,15 @@ def test_conversation_errors_name_the_row(tmp_path, case):
     row, expected = CONVERSATION_ERRORS[case]
     with pytest.raises(DataError, match=rf"^data.jsonl row 2: .*{expected}"):
         read_conversations(write_jsonl(tmp_path, {"prompt": "1", "completion": "2"}, row), tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("write", [lambda folder, rows: write_jsonl(folder, *rows), write_parquet], ids=["jsonl", "parquet"])
+def test_tools_and_calls(tmp_path, write):
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [*chat("1+1"), {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "2"}, *chat("", "2")[1:]]
+    schema = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    rows = [{"messages": turns, "tools": [schema]}, {"messages": chat("1", "2"), "tools": None}]
+    first, second = read_conversations(write(tmp_path, rows), tmp_path, seed=0)
+    assert first.tools == (schema,) and second.tools == ()
+    assert first.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert second.messages == tuple(chat("1", "2"))  # no key that only another row has

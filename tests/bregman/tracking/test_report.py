@@ -81,6 +81,7 @@ def test_text_of_models_is_escaped_and_long_text_is_cut(tmp_path: Path) -> None:
     row = {
         **{name: "<script>alert(1)</script>" for name in ("problem_id", "finish_reason", "fate", "answer", "reward_error")},
         "prompt": "<img src=x onerror=alert(1)>" + "p" * 9000,
+        "images": ["../<b>.png"],
         "response": "</pre><b>",
         "reward": 0.0,
         "reward_parts": {"<i>": None, "answer": 0.0},
@@ -88,8 +89,8 @@ def test_text_of_models_is_escaped_and_long_text_is_cut(tmp_path: Path) -> None:
         "sample_index": 0,
         "num_tokens": 3,
     }
-    html = _sample(row)
-    assert re.findall(r"<(?!/?(?:div|span|pre|dl|dt|dd)\b)", html) == []
+    html = _sample(row, tmp_path)
+    assert re.findall(r"<(?!/?(?:div|span|pre|dl|dt|dd|figure)\b)", html) == []
     assert "characters left out" in html and len(html) < 9000
 
 

@@ -143,6 +143,7 @@ def test_rollouts_keep_everything_about_a_response(tmp_path: Path) -> None:
         "source": "search",
         "difficulty": 0.4,
         "prompt": "616=9?",
+        "images": [],
         "answer": "6+1*6",
         "response": "6+1=7-6=1,9n</think>1",
         "num_tokens": 3,
