@@ -4,7 +4,7 @@ Writes a JSON Lines file of long-tailed conversations, several times larger than
 opens it again in another, and draws random examples there. Memory is that of the process beyond what its imports took: private pages,
 since pages of mapped shards are the system's to drop. Exceeding the budget ends the benchmark with an error.
 
-    python benchmarks/sft_data.py [--mib 256] [--budget 64]
+    python benchmarks/sft_data.py [--mib 64] [--budget 48]
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def prepare(path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=256, help="size of the data")
-    parser.add_argument("--budget", type=float, default=64, help="MiB of memory that preparing it may take")
+    parser.add_argument("--mib", type=int, default=64, help="size of the data")
+    parser.add_argument("--budget", type=float, default=48, help="MiB of memory that preparing it may take")
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.prepare:

@@ -31,7 +31,7 @@ class InMemoryLearner:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.writer = model, SharedMemoryWriter()
 
-    def publish_weights(self) -> WeightHandle:
+    def publish_weights(self, engine_dtype: str) -> WeightHandle:
         return self.writer.write(self.model.named_parameters())
 
 

@@ -24,6 +24,7 @@ from bregman.types import Group, Problem, Segment, Trajectory
 from evals.config import EvalConfig
 from recipes.data_stages import endpoint_key, fate_table
 from recipes.examples import losses, streams, tokenised
+from recipes.model_stages import text_model_only
 from recipes.models import recipe_encoder, recipe_tokenizer
 from recipes.plan import config_file, plan_lines
 from recipes.schema import CurateStage, DPOStage, LongCoTStage, MergeStage, Recipe, RejectionStage, RLStage, SFTStage
@@ -61,7 +62,8 @@ def check(recipe: Recipe, base: Path) -> None:
         elif isinstance(stage, LongCoTStage):
             _check_long_cot(recipe, stage, base, tokenizer)
         elif isinstance(stage, RejectionStage):
-            print(f"  keeps {'the shortest right answer' if stage.keep == 'shortest' else 'preference pairs'} of each problem, from samples:")
+            kept = "the shortest right answer" if stage.keep == "shortest" else "preference pairs"
+            print(f"  keeps {kept} of each problem, from samples:")
             _check_eval(recipe, stage, base, tokenizer)
         elif isinstance(stage, CurateStage):
             _check_curate(recipe, stage, base, tokenizer)
@@ -191,6 +193,7 @@ def _check_merge(stage: MergeStage, base: Path) -> None:
 
 
 def _check_dpo(recipe: Recipe, stage: DPOStage, base: Path, tokenizer: Any) -> None:
+    text_model_only(stage, recipe_encoder(recipe))
     if isinstance(stage.pairs, StageSource):
         print(f"  pairs that stage {stage.pairs.stage} will make")
         return

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import sft.dpo
 from bregman.engines import cluster
+from bregman.errors import RecipeError
 from bregman.models.merge import merge_models
+from bregman.protocols import ImageEncoder
 from recipes.context import Context
 from recipes.schema import DPOStage, MergedModel, MergeStage
 
@@ -29,10 +31,13 @@ def run_dpo(context: Context, stage: DPOStage, model: Path, output: Path) -> Non
     """Leave `model`, tuned on the stage's pairs, in `output / "model"`.
 
     Raises:
-        DataError: naming the pair or the model that cannot be used.
+        RecipeError: the model takes images.
+        DataError: naming the pair that cannot be used.
     """
+    text_model_only(stage, context.encoder)
     context.tracker.waiting_for("the preference pairs")
     pairs = sft.dpo.read_pairs(context.source(stage.pairs), context.base, context.tokenizer, context.recipe.seed, stage.max_length)
+    context.workers.lend_gpus_of_learner()
     context.tracker.waiting_for(f"preference tuning on {len(pairs)} pairs (TRL)")
     gpus = context.recipe.cluster.gpus_per_learner_worker
     history = cluster.run_alone(
@@ -51,6 +56,15 @@ def run_dpo(context: Context, stage: DPOStage, model: Path, output: Path) -> Non
     for step, entry in enumerate(history):
         values = {name.replace("rewards/", "dpo/"): value for name, value in entry.items() if name not in ("epoch", "step")}
         context.tracker.log(step, values)
+
+
+def text_model_only(stage: DPOStage, encoder: ImageEncoder | None) -> None:
+    """Raises:
+    RecipeError: the model has an image encoder.
+    """
+    if encoder is not None:
+        fix = "shorten it by merging, by shortest rejection sampling or by RL"
+        raise RecipeError(f"stage {stage.name}", "preference tuning takes text models, and this one takes images", fix)
 
 
 def _folder(context: Context, model: MergedModel) -> Path:

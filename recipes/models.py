@@ -78,15 +78,15 @@ def load_tokenizer(model: Path) -> Any:
     Raises:
         DataError: there is none, or it has no chat template.
     """
-    # Kimi's published layout, whose own reader is remote code
-    if (model / "tiktoken.model").exists() and not (model / "tokenizer.json").exists():
-        from bregman.models.kimi_vl.tokenizer import load_kimi_tokenizer
-
-        return load_kimi_tokenizer(model)
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        if (model / "tiktoken.model").exists():  # Kimi's published layout, for which AutoTokenizer asks for remote code
+            from bregman.models.kimi_vl.tokenizer import TikTokenTokenizerFast
+
+            tokenizer = TikTokenTokenizerFast.from_pretrained(model)
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         found = f"no tokenizer could be loaded ({str(error).splitlines()[0]})"
         raise DataError(str(model), found, "put its files beside the model") from None

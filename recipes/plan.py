@@ -43,6 +43,7 @@ class Sizes:
         kv_cache: elements per token and layer in vLLM's KV cache.
         image: elements kept per image token where the encoder's activations are checkpointed; 0 for a text model.
         image_layers: the same without checkpointing.
+        image_frozen: the same where the encoder does not train: one layer at a time.
     """
 
     parameters: Mapping[str, int]
@@ -58,6 +59,7 @@ class Sizes:
     kv_cache: int
     image: int
     image_layers: int
+    image_frozen: int
 
     @property
     def total(self) -> int:
@@ -117,12 +119,13 @@ def _per_token(config: Any) -> dict[str, int]:
 def _per_image_token(vision: Any) -> dict[str, int]:
     """A token stands for a square of merged patches, each with its pixels and its place in every layer."""
     if vision is None:
-        return {"image": 0, "image_layers": 0}
+        return {"image": 0, "image_layers": 0, "image_frozen": 0}
     patches = vision.merge_kernel_size[0] * vision.merge_kernel_size[1]
     pixels, width = 3 * vision.patch_size**2, vision.hidden_size
     layer = 9 * width + 2 * vision.intermediate_size
-    kept = pixels + vision.num_hidden_layers * width + layer
-    return {"image": patches * kept, "image_layers": patches * (pixels + vision.num_hidden_layers * layer)}
+    layers = vision.num_hidden_layers
+    kept = {"image": layers * width + layer, "image_layers": layers * layer, "image_frozen": layer}
+    return {name: patches * (pixels + elements) for name, elements in kept.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,16 +164,21 @@ def learner_plan(
     own = tokens / learner.context_parallel
     kept = own * size.layers * size.hidden + own * size.layer if learner.activation_checkpointing else own * size.layers * size.layer
     gathered = own * (learner.context_parallel - 1) * size.gathered_keys if learner.context_parallel > 1 else 0
+    if stage.train is not None and "vision_tower" not in stage.train:
+        image = size.image_frozen
+    else:
+        image = size.image if learner.activation_checkpointing else size.image_layers
     return RankPlan(
         parts={
             "weights": 4 * size.total * (2 if frozen_copy else 1) / ranks,
             "gradients": 4 * trained / ranks,
             "optimizer": state / ranks,
-            # the layer at work, the next one on its way, and the gradient of one; the root's weights and gradients
-            "gathered layers": element * (3 * size.largest_layer + 2 * size.root) if ranks > 1 else 0,
+            # the layer at work, the next one on its way, and the gradient of one; the root's weights and gradients; the layer
+            # before is still being reduced, in float32
+            "gathered layers": element * (3 * size.largest_layer + 2 * size.root) + 4 * size.largest_layer if ranks > 1 else 0,
             "activations": element * (kept + gathered),
             # if every token were an image's; each rank of a context-parallel group encodes all images
-            "images (at most)": element * tokens * (size.image if learner.activation_checkpointing else size.image_layers),
+            "images (at most)": element * tokens * image,
         }
     )
 

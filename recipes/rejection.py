@@ -26,12 +26,16 @@ def run_rejection(context: Context, stage: RejectionStage, model: Path, output: 
     every problem.
 
     Raises:
-        DataError: the problems cannot be read, or no row is left.
+        DataError: the problems cannot be read, have images though pairs are wanted, or no row is left.
     """
     context.tracker.waiting_for("the problems")
     problems = context.problems(stage, stage.sampling.max_tokens)
     check_rows([row_columns(problem.messages, (), problem.id) for problem in problems], f"stage {stage.name}")
-    sampling = ChunkedSampling(partial(model_engine, context, model), context.tracker, output / PARTS, context.recipe.seed)
+    shown = next((problem for problem in problems if problem.images), None)
+    if stage.keep == "pairs" and shown is not None:
+        raise DataError(f"problem {shown.id}", "has images; preference tuning takes text only", "use `keep: shortest`, or text problems")
+    parts = _parts_to_share(context, stage) or output / PARTS
+    sampling = ChunkedSampling(partial(model_engine, context, model), context.tracker, parts, context.recipe.seed)
     scorer = context.workers.rewards.scorer(stage.rewards, context.base)
     rows: list[dict[str, Any]] = []
     fates: Counter[str] = Counter()

@@ -154,6 +154,21 @@ class Recipe(Config):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _pairs_where_they_belong(self) -> Recipe:
+        makes_pairs = {stage.name for stage in self.stages if isinstance(stage, RejectionStage) and stage.keep == "pairs"}
+        for index, stage in enumerate(self.stages):
+            for source in sources(stage):
+                if not isinstance(source, StageSource) or source.columns:
+                    continue
+                if isinstance(stage, DPOStage) and source.stage not in makes_pairs:
+                    fix = "use a stage of kind `rejection` with `keep: pairs`"
+                    raise ValueError(f"stages[{index}].pairs: stage `{source.stage}` makes no preference pairs; {fix}")
+                if isinstance(stage, SFTStage) and source.stage in makes_pairs:
+                    fix = "use `keep: shortest`, or map its columns"
+                    raise ValueError(f"stages[{index}] ({stage.name}): stage `{source.stage}` makes preference pairs; {fix}")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _responses_fit(self) -> Recipe:
         for index, stage in enumerate(self.stages):
             for key, sampling in samplings(stage).items():

@@ -30,7 +30,7 @@ class Workers:
 
     def __init__(self, recipe: Recipe, model: Path, tokenizer: Any, tracker: Tracker, *, learner: bool = True, engine: bool = True) -> None:
         self._recipe, self._model, self._tokenizer, self._tracker = recipe, model, tokenizer, tracker
-        self._needs_engine = engine
+        self._needs_learner, self._needs_engine = learner, engine
         tracker.waiting_for("the Ray cluster")
         cluster.start(recipe.cluster)
         self._learner = LearnerWorkers.start(recipe.learner, recipe.cluster) if learner else None
@@ -41,7 +41,9 @@ class Workers:
 
     @cached_property
     def learner(self) -> LearnerWorkers:
-        assert self._learner is not None, "this run was started without a learner"
+        assert self._needs_learner, "this run was started without a learner"
+        if self._learner is None:
+            self._learner = LearnerWorkers.start(self._recipe.learner, self._recipe.cluster)
         self._tracker.waiting_for("the learner workers to start")
         self._learner.ready()
         self._start_engine()
@@ -70,6 +72,13 @@ class Workers:
             self.__dict__.pop("engine", None)
         self._model = model
 
+    def lend_gpus_of_learner(self) -> None:
+        """Free the learner's GPUs for a stage that trains by other means; the next stage that needs the learner starts another."""
+        if self._learner is not None and self._recipe.cluster.gpus_per_learner_worker:
+            self._learner.close()
+            self._learner = None
+            self.__dict__.pop("learner", None)
+
     def end_stage(self) -> None:
         """Give back what only the finished stage needed."""
         if self._rewards is not None:
@@ -81,9 +90,7 @@ class Workers:
             cluster_config = self._recipe.cluster
             window = min(self._recipe.engine.max_model_len, rope_of(self._model)[1] or self._recipe.engine.max_model_len)
             config = self._recipe.engine.model_copy(update={"max_model_len": window})  # before a later stage makes it longer
-            self._engine = RolloutWorkers.start(
-                self._model, config, cluster_config, tokenizer=self._tokenizer, stop_token_ids=stop
-            )
+            self._engine = RolloutWorkers.start(self._model, config, cluster_config, tokenizer=self._tokenizer, stop_token_ids=stop)
             self._engine.on_note = self._tracker.warn
 
     def close(self) -> None:

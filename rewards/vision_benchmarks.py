@@ -22,7 +22,9 @@ LONGEST_ANSWER = 300
 
 _SAID = re.compile(r"(?:final\s+answer|answer|result)\s*(?:is|are|:|=)+\s*", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{?(-?\d+)\}?\s*\{?(\d+)\}?")
+_FRACTION = re.compile(r"(\d*)\s*\\[dt]?frac\s*\{?(-?\d+)\}?\s*\{?(\d+)\}?")
+_UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*\^\s*\{?\s*-?\d+\s*\}?|(?<=[A-Za-z])(?<!\d[eE])[23](?![\d.])")
+"""The powers in `cm^2`, `\\text{m}^{3}`, `s^{-1}` and `cm2`, but not the exponents of numbers."""
 
 
 def mmmu(
@@ -102,9 +104,11 @@ def final_answer(completion: Any) -> str:
 
 
 def number(text: str) -> float | None:
-    """The number that `text` is, with or without a unit; of an equation its right side. None if there is none, or several."""
+    """The number that `text` is, with or without a unit (`12 cm^2`); of an equation its right side; `3\\frac{1}{2}` is 3.5. None if
+    there is none, or several."""
     text = plain_characters(text).split("=")[-1].replace("\\,", "").replace("\\!", "")
-    text = _FRACTION.sub(lambda match: repr(int(match[1]) / int(match[2])) if int(match[2]) else "", text)
+    text = _FRACTION.sub(lambda match: repr(int(match[1] or 0) + int(match[2]) / int(match[3])) if int(match[3]) else "", text)
+    text = _UNIT_POWER.sub("", text)
     found = [match[0] for match in _NUMBER.finditer(text) if re.search(r"\d", match[0])]
     slash = re.fullmatch(r"\s*\$?\s*(-?\d+)\s*/\s*(\d+)\s*\$?\s*", text)
     if slash and int(slash[2]):

@@ -51,6 +51,8 @@ class RulesConfig(Config):
     @classmethod
     def _are_expressions(cls, value: dict[str, str]) -> dict[str, str]:
         _compiled(list(value.values()))
+        if "kept" in value:
+            raise ValueError("`kept` is what problems that stay are called; name the rule otherwise")
         return value
 
 

@@ -31,6 +31,9 @@ _CLOSING_THINK_TAGS = ("</think>", "◁/think▷")
 _THINK_TAGS = {"<think>", "◁think▷", *_CLOSING_THINK_TAGS}
 """Answers contain these, special tokens or not."""
 
+_BESIDE_CONTENT = ("tool_calls", "reasoning_content")
+"""Keys of a message, besides its content, that hold what an answer says."""
+
 Span = tuple[int, int]
 """Characters [start, end) of a rendered conversation."""
 
@@ -58,18 +61,17 @@ class _ChatFormat:
     unknown_id: int | None
 
 
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Items[Message], where: str = "prompt", *, images: int = 0
-) -> list[int]:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Items[Message], where: str = "prompt", *, images: int = 0) -> list[int]:
     """Token ids of `messages` with the generation prompt, ready for the policy to write its turn once images are expanded.
 
     Raises:
-        DataError: naming `where`: the template refuses the messages, the messages show another number of images than `images`, a
-            message contains a special token, or the tokenizer has no token for a character.
+        DataError: naming `where`: the template refuses the messages or leaves calls or thinking out, the messages show another
+            number of images than `images`, a message contains a special token, or the tokenizer has no token for a character.
     """
     form = _format(tokenizer)
     _check_contents(form, messages, images, where)
     text, _ = _render(form, messages, where, generation_prompt=True)
+    _check_written(form, messages, text, where, generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     _check_known(form, tokenizer, text, ids, where)
     return list(ids)
@@ -123,8 +125,8 @@ def tokenize_conversation(
 
     Raises:
         DataError: naming `where`: the template refuses or rewrites the conversation so that answers cannot be told from
-            prompts, images and image parts differ in number, a message contains a special token, or the tokenizer has no token for
-            a character.
+            prompts, or leaves calls, thinking or tools out; images and image parts differ in number, a message contains a special
+            token, or the tokenizer has no token for a character.
     """
     form = _format(tokenizer)
     if not tokenizer.is_fast:
@@ -133,6 +135,7 @@ def tokenize_conversation(
         form = replace(form, variables={**form.variables, "tools": list(tools)})
     _check_contents(form, messages, len(images), where)
     text, spans = _render_answers(form, messages, where)
+    _check_written(form, messages, text, where, generation_prompt=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     token_ids = np.asarray(encoded["input_ids"], dtype=np.int64)
     _check_known(form, tokenizer, text, token_ids, where)
@@ -159,9 +162,7 @@ def tokenize_conversations(
         where = f"{conversation.source} row {conversation.id}".strip()
         images = encode_images(conversation.images, encoder, where)
         sequences.append(
-            tokenize_conversation(
-                tokenizer, conversation.messages, where, images=images, encoder=encoder, tools=conversation.tools
-            )
+            tokenize_conversation(tokenizer, conversation.messages, where, images=images, encoder=encoder, tools=conversation.tools)
         )
     return sequences
 
@@ -328,8 +329,26 @@ def _check_contents(form: _ChatFormat, messages: Items[Message], images: int, wh
                 shown += 1
             else:
                 _check_text(form, part["text"], index, where)
+        for key in _BESIDE_CONTENT:
+            if message.get(key):
+                _check_text(form, str(message[key]), index, where)
     if shown != images:
         raise DataError(where, f"its messages show {shown} images and it has {images}", "give as many image parts as images")
+
+
+def _check_written(form: _ChatFormat, messages: Items[Message], text: str, where: str, *, generation_prompt: bool) -> None:
+    """Refuse a template that leaves out what answers say or refer to: a call that it does not write would be an empty answer."""
+    without = {
+        key: (form, [{name: value for name, value in message.items() if name != key} for message in messages])
+        for key in _BESIDE_CONTENT
+        if any(message.get(key) for message in messages)
+    }
+    if form.variables.get("tools"):
+        without["tools"] = replace(form, variables={**form.variables, "tools": None}), [dict(message) for message in messages]
+    for key, (other_form, others) in without.items():
+        if _render(other_form, others, where, generation_prompt=generation_prompt)[0] == text:
+            fix = "use a template that writes them, or make them part of the `content`"
+            raise DataError(where, f"the chat template leaves its `{key}` out", fix)
 
 
 def _check_text(form: _ChatFormat, text: str, turn: int, where: str) -> None:

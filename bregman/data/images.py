@@ -177,7 +177,7 @@ def content_hash(payload: Any, where: str) -> str:
     """16 hex digits that depend on the payload's content, not on where it lies.
 
     Raises:
-        DataError: naming `where`: it cannot be read.
+        DataError: naming `where`: it cannot be read, or `open_image` refuses it.
     """
     digest = hashlib.sha256()
     try:
@@ -186,10 +186,10 @@ def content_hash(payload: Any, where: str) -> str:
         elif isinstance(payload, str):
             with open(payload, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
-        else:
-            _check_size(payload, where)
-            digest.update(f"{payload.mode} {payload.size}".encode())
-            digest.update(payload.tobytes())
+        else:  # what is seen of it: the same indices under another palette, or pixels turned by EXIF, are another picture
+            image = open_image(payload, where)
+            digest.update(f"{image.size}".encode())
+            digest.update(image.tobytes())
     except _BROKEN as error:
         raise _unreadable(error, where) from None
     return digest.hexdigest()[:16]

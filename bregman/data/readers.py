@@ -17,6 +17,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -269,24 +270,56 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
 
 def _read_parquet(source: ParquetSource, base_folder: Path) -> Rows:
     import pyarrow
-    import pyarrow.parquet
 
     paths = _files(source.path, base_folder)
-    for path in paths:
-        try:
-            count = pyarrow.parquet.read_metadata(path).num_rows
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(str(path), f"is not a Parquet file ({_first_line(error)})", "check how it was written") from None
-        if not count:
-            raise DataError(str(path), "has no rows", "remove it from the source, or write it again")
+    layouts = [_layout(path) for path in paths]
     import datasets
 
+    datasets.disable_progress_bars()  # the run's own display says what is waited for
+
     name = source_name(source)
+    broken = (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError)
+    tables = []
+    for _, alike in groupby(zip(paths, layouts, strict=True), key=lambda pair: pair[1]):
+        files = [str(path) for path, _ in alike]
+        try:
+            tables.append(_undecoded(datasets.Dataset.from_parquet(files)))
+        except broken as error:
+            where = files[0] if len(files) == 1 else name
+            raise DataError(where, f"cannot be read ({_first_line(error.__cause__ or error)})", "check how it was written") from None
     try:
-        table = datasets.Dataset.from_parquet([str(path) for path in paths])
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
-        raise DataError(name, f"cannot be read ({_first_line(error.__cause__ or error)})", "check how it was written") from None
-    return Rows(name=name, items=_undecoded(table), columns=source.columns, paths=paths)
+        table = datasets.concatenate_datasets(tables)  # a column that a file lacks is empty in its rows
+    except broken:
+        raise DataError(name, _difference(paths, layouts), "write them alike, or make them sources of their own") from None
+    return Rows(name=name, items=table, columns=source.columns, paths=paths)
+
+
+def _layout(path: Path) -> tuple[Any, Any]:
+    """The columns of a Parquet file that has rows: their Arrow types, and what `datasets` noted about them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(str(path), f"is not a Parquet file ({_first_line(error)})", "check how it was written") from None
+    if not metadata.num_rows:
+        raise DataError(str(path), "has no rows", "remove it from the source, or write it again")
+    schema = metadata.schema.to_arrow_schema()
+    return schema, (schema.metadata or {}).get(b"huggingface")
+
+
+def _difference(paths: Sequence[Path], layouts: Sequence[tuple[Any, Any]]) -> str:
+    """The first column that is of one type in one file and of another in another."""
+    import pyarrow
+
+    first: dict[str, tuple[Path, Any]] = {}
+    for path, (schema, _) in zip(paths, layouts, strict=True):
+        for column in schema:
+            before, known = first.setdefault(column.name, (path, column.type))
+            if known != column.type and pyarrow.types.is_null(known) == pyarrow.types.is_null(column.type):
+                return f"its column `{column.name}` is {known} in {before.name} and {column.type} in {path.name}"
+    return "its files have columns of different types"
 
 
 def _undecoded(table: datasets.Dataset) -> datasets.Dataset:

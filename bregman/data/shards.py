@@ -28,7 +28,7 @@ from bregman.types import ImagePatches, Sequence
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENS_PER_SHARD = 8_000_000
+TOKENS_PER_SHARD = 2_000_000
 """A shard ends with the row that reaches this or `ROWS_PER_SHARD`; what is not yet on disk is lost when a run is interrupted."""
 ROWS_PER_SHARD = 65_536
 _REASONS = 20

@@ -101,12 +101,13 @@ def stop() -> None:
         ray.shutdown()
 
 
-def wait(refs: Sequence[Any], *, what: str, timeout: float) -> list[Any]:
+def wait(refs: Sequence[Any], *, what: str, timeout: float, setting: str = "cluster.step_timeout") -> list[Any]:
     """The results of `refs`, in order.
 
     Args:
         what: names the wait in the error, e.g. `rollout worker 0: generate`.
         timeout: seconds for all of them together.
+        setting: the key of the recipe that is the deadline.
 
     Raises:
         UserError: as raised inside the worker.
@@ -117,7 +118,7 @@ def wait(refs: Sequence[Any], *, what: str, timeout: float) -> list[Any]:
         return ray.get(list(refs), timeout=timeout)
     except ray.exceptions.GetTimeoutError:
         waited = f"no answer after {time.monotonic() - started:.0f} s"
-        raise ClusterError(what, waited, f"raise cluster.step_timeout, or look at the worker's log in {log_folder()}") from None
+        raise ClusterError(what, waited, f"raise {setting}, or look at the worker's log in {log_folder()}") from None
     except ray.exceptions.RayTaskError as error:
         cause = _user_error_in(error)
         if cause is not None:
@@ -139,13 +140,14 @@ def run_alone(function: Callable[..., Any], *arguments: Any, what: str, timeout:
     Raises:
         UserError: as raised inside; ClusterError: the deadline passed, or the process died.
     """
-    task = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0).remote(*arguments, **options)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(function).remote(*arguments, **options)
     try:
-        return wait([task], what=what, timeout=timeout)[0]
+        return wait([task], what=what, timeout=timeout, setting="the stage's timeout")[0]
     except ray.exceptions.WorkerCrashedError as error:
         raise ClusterError(what, "its process died", f"its log is in {log_folder()}; the same command resumes the run") from error
     finally:
-        ray.cancel(task, force=True)
+        if not ray.wait([task], timeout=0)[0]:  # cancelling a task that has just ended can crash Ray's driver
+            ray.cancel(task, force=True)
 
 
 def log_folder() -> str:

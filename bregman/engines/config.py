@@ -36,7 +36,9 @@ class EngineConfig(Config):
     kv_cache_mib: PositiveInt | None = Field(128, description="KV cache; null lets vLLM profile the GPU")
     gpu_memory_utilization: PositiveFloat = Field(0.9, le=1.0)
     enforce_eager: bool = Field(True, description="no compilation and no CUDA graphs: fast start, slower decode on a GPU")
-    weight_sync: Literal["auto", "shared_memory", "nccl", "ipc"] = "auto"
+    weight_sync: Literal["auto", "shared_memory", "relay"] = Field(
+        "auto", description="`shared_memory`: engines on the node of learner rank 0 only; `relay`: by a copy per node; `auto`: as needed"
+    )
 
 
 class SamplingConfig(Config):
@@ -97,9 +99,7 @@ OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind"
 class ModelTraining(Config):
     """What of the model a training stage trains and overrides; SFT and RL stages have these keys."""
 
-    train: list[ModelPart] | None = Field(
-        None, min_length=1, description="parts that train; the others stay as they are; null: all"
-    )
+    train: list[ModelPart] | None = Field(None, min_length=1, description="parts that train; the others stay as they are; null: all")
     rope_theta: PositiveFloat | None = Field(None, description="base of the rotary embedding from this stage on (context extension)")
     max_position_embeddings: PositiveInt | None = Field(None, description="window of the model from this stage on (context extension)")
     router_bias_rate: NonNegativeFloat = Field(

@@ -68,7 +68,9 @@ class FSDP2Learner:
             self.__dict__.pop(held, None)  # free the last stage's weights before the next are loaded
         self._source, self._training = model, training or ModelTraining()
         if self._training.rope_theta is not None and self._training.rope_theta != rope_of(model)[0]:
-            raise ValueError(f"{model} has another rotary base than the stage; `bregman.models.rope.extended` makes the folder to start from")
+            raise ValueError(
+                f"{model} has another rotary base than the stage; `bregman.models.rope.extended` makes the folder to start from"
+            )
         self._sharded = self._load(model)
         if self._context_group is not None:
             self._check_context(model, self._context_group)
@@ -133,13 +135,23 @@ class FSDP2Learner:
             checkpoint.export(folder, self._sharded.policy.model, weights, self._source, TOKENIZER_FILES)
         self._sum_over_ranks([0.0])  # the other ranks wait until it is there
 
-    def publish_weights(self) -> WeightHandle | None:
-        """Write all weights where rollout engines can read them; the handle on rank 0, None elsewhere."""
-        weights = self._sharded.hub_weights(keep=self._rank == 0)
+    def publish_weights(self, engine_dtype: str | None = None) -> WeightHandle | None:
+        """Write all weights where rollout engines can read them; the handle on rank 0, None elsewhere.
+
+        Args:
+            engine_dtype: of the engines, in which matrices are sent; None sends float32.
+
+        Raises:
+            ClusterError: on rank 0, if there is no room for them.
+        """
+        dtype = None if engine_dtype is None else getattr(torch, engine_dtype)
+        weights = self._sharded.hub_weights(keep=self._rank == 0, dtype=dtype)
         if self._rank != 0:
+            for _ in weights:  # nothing comes, but this rank takes part in the gathering
+                pass
             return None
         self._writer = self._writer or SharedMemoryWriter()
-        return self._writer.write(weights.items())
+        return self._writer.write(weights, expected_bytes=self._sharded.hub_bytes(dtype))
 
     def close(self) -> None:
         """Remove published weights."""

@@ -54,7 +54,7 @@ class LearnerWorkers:
         """
         if self._started:
             started, self._started = self._started, []
-            self._gather(started, "start", self._config.start_timeout)
+            self._node = self._gather(started, "start", self._config.start_timeout)[0]
 
     @property
     def num_ranks(self) -> int:
@@ -109,9 +109,16 @@ class LearnerWorkers:
         """Write the model in Hugging Face format (written aside, then renamed)."""
         self._all("export", folder.absolute())
 
-    def publish_weights(self) -> WeightHandle:
-        """Write all weights where rollout engines of this machine can read them; valid until the next call."""
-        return self._all("publish_weights")[0]
+    def publish_weights(self, engine_dtype: str | None = None) -> WeightHandle:
+        """Write all weights where rollout engines on the node of rank 0 can read them; valid until the next call.
+
+        Args:
+            engine_dtype: of the engines, in which matrices are sent; None sends float32.
+
+        Raises:
+            ClusterError: there is no room for them.
+        """
+        return replace(self._all("publish_weights", engine_dtype)[0], node=self._node)
 
     def close(self) -> None:
         """End the actors and remove published weights; calling it again does nothing."""
@@ -209,8 +216,8 @@ class _LearnerActor:
         self._store = dist.TCPStore(host, 0, self._world_size, is_master=True, wait_for_workers=False, timeout=self._timeout)
         return host, self._store.port
 
-    def join(self, address: tuple[str, int]) -> None:
-        """Connect the ranks, and import what a stage needs."""
+    def join(self, address: tuple[str, int]) -> str:
+        """Connect the ranks, and import what a stage needs; Ray's id of the node."""
         import os
 
         import torch
@@ -233,6 +240,7 @@ class _LearnerActor:
 
         logging.disable_progress_bar()
         self._learner = FSDP2Learner(self._config, rank=self._rank, world_size=self._world_size, device=self._device)
+        return ray.get_runtime_context().get_node_id()
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         bound: Callable[..., Any] = getattr(self._learner, method)

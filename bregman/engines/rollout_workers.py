@@ -11,7 +11,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from bregman.data.chat import decode_response
 from bregman.engines import cluster
 from bregman.engines.config import ClusterConfig, EngineConfig, SamplingConfig
 from bregman.engines.vllm_engine import EAGER_ENV, VLLM_ENV, Generation, GenerationRequest, VLLMEngine, check_fits
-from bregman.engines.weight_sync import WeightHandle, folder_handle, resolve_backend
+from bregman.engines.weight_relay import WeightRelays, node_name
+from bregman.engines.weight_sync import WeightHandle, folder_handle
 from bregman.errors import ClusterError
 from bregman.types import Group, Problem, Segment, Trajectory
 
@@ -36,9 +38,10 @@ MAX_REPLACEMENTS = 2  # of one worker within one call
 class RolloutWorker:
     """The Ray actor around one VLLMEngine; `start` is a call of its own so that its errors arrive as they were raised."""
 
-    def start(self, model: str, config: EngineConfig, seed: int, tensor_parallel: int) -> float:
+    def start(self, model: str, config: EngineConfig, seed: int, tensor_parallel: int) -> tuple[float, str]:
+        """Seconds that loading took, and Ray's id of this node."""
         self.engine = VLLMEngine(model, config, seed, tensor_parallel=tensor_parallel)
-        return self.engine.start_seconds
+        return self.engine.start_seconds, ray.get_runtime_context().get_node_id()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> tuple[list[Generation], float]:
         """The generations, and the seconds they took without the way here and back."""
@@ -71,7 +74,6 @@ class RolloutWorkers:
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: Sequence[int],
     ) -> None:
-        resolve_backend(engine)
         self.model, self.engine, self.cluster = model, engine, cluster_config
         self.tokenizer = tokenizer
         self.stop_token_ids = tuple(stop_token_ids)
@@ -79,9 +81,10 @@ class RolloutWorkers:
         self.last_stats: dict[str, float] = {}
         self.on_note: Callable[[str], None] = logging.getLogger(__name__).warning
         self._handle: WeightHandle | None = None
+        self._relays = WeightRelays(timeout=cluster_config.step_timeout, on_note=lambda note: self.on_note(note))
         self._workers: list[Any] = []
         self._starting: list[Any] = []
-        self._is_ready = False
+        self._nodes: list[str] = []  # of each worker, once ready
 
     @classmethod
     def start(
@@ -113,28 +116,37 @@ class RolloutWorkers:
         Raises:
             ClusterError: one cannot start, or `cluster.start_timeout` passed.
         """
-        seconds = cluster.wait(self._starting, what="rollout workers: start", timeout=self.cluster.start_timeout)
-        self._is_ready = True
-        return max(seconds)
+        started = cluster.wait(self._starting, what="rollout workers: start", timeout=self.cluster.start_timeout)
+        self._nodes = [node for _, node in started]
+        return max(seconds for seconds, _ in started)
 
     def load_weights(self, source: Learner | Path, version: int) -> dict[str, float]:
         """Take over the weights of a learner, or of a Hugging Face folder, as policy `version`.
 
         Returns:
-            Seconds: `publish` (the learner writes), `load` and `caches` (slowest worker), `total`.
+            Seconds: `publish` (the learner writes), `relay` (to other nodes), `load` and `caches` (slowest worker), `total`.
 
         Raises:
-            ClusterError: the weights do not fit the engine's model, or a worker failed.
+            ClusterError: the weights do not fit the engine's model or a node's shared memory, or a worker failed.
             DataError: the folder holds no usable weights.
         """
+        if not self._nodes:
+            self.ready()
         started = time.perf_counter()
-        self._handle = folder_handle(source) if isinstance(source, Path) else source.publish_weights()  # type: ignore[attr-defined]
+        self._handle = self._publish(source)
         self.version = version
         published = time.perf_counter()
-        calls = {index: (self._handle, version) for index in range(len(self._workers))}
-        timings = self._call_all("load_weights", calls)[0].values()
+        self._leave_lost_nodes()
+        handles = self._local_handles(self._nodes)
+        relayed = time.perf_counter()
+
+        def arguments(index: int) -> tuple[WeightHandle, int]:
+            node = self._nodes[index]  # another one, if the worker was replaced
+            return handles.get(node) or self._local_handles([node])[node], version
+
+        timings = self._call_all("load_weights", range(len(self._workers)), arguments)[0].values()
         slowest = {key: max(timing[key] for timing in timings) for key in ("load", "caches")}
-        return {"publish": published - started, **slowest, "total": time.perf_counter() - started}
+        return {"publish": published - started, "relay": relayed - published, **slowest, "total": time.perf_counter() - started}
 
     def rollout(self, problems: Sequence[Problem], sampling: SamplingConfig, *, seed: int) -> list[Group]:
         """`sampling.num_samples` responses to each problem, in the order of `problems`.
@@ -152,7 +164,7 @@ class RolloutWorkers:
         requests = self._requests(problems, sampling, seed)
         places = [[i for i in range(len(problems)) if i % len(self._workers) == worker] for worker in range(len(self._workers))]
         calls = {worker: ([r for i in mine for r in requests[i]],) for worker, mine in enumerate(places) if mine}
-        answers, replaced = self._call_all("generate", calls)
+        answers, replaced = self._call_all("generate", calls, calls.__getitem__)
         generations: dict[int, list[Generation]] = {}
         for worker, (flat, _) in answers.items():
             k = sampling.num_samples
@@ -170,10 +182,43 @@ class RolloutWorkers:
         return groups
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers and relays."""
         for worker in self._workers:
             ray.kill(worker)
-        self._workers, self._starting, self._is_ready = [], [], False
+        self._relays.close()
+        self._workers, self._starting, self._nodes = [], [], []
+
+    def _publish(self, source: Learner | Path) -> WeightHandle:
+        if isinstance(source, Path):
+            return folder_handle(source)
+        handle: WeightHandle = source.publish_weights(self.engine.dtype)  # type: ignore[attr-defined]
+        return handle if handle.node else replace(handle, node=ray.get_runtime_context().get_node_id())
+
+    def _local_handles(self, nodes: Iterable[str]) -> dict[str, WeightHandle]:
+        """For each node, what its workers load: the learner's own segment, or the copy of a relay, made now if need be.
+
+        Raises:
+            ClusterError: a node has no room for a copy, or `engine.weight_sync` allows none.
+        """
+        handle, how = self._handle, self.engine.weight_sync
+        assert handle is not None
+        direct = {node for node in nodes if handle.backend == "folder" or (node == handle.node and how != "relay")}
+        far = set(nodes) - direct
+        if far and how == "shared_memory":
+            found = f"`shared_memory` reaches {node_name(handle.node)} only, and a rollout worker is on {node_name(min(far))}"
+            raise ClusterError("engine.weight_sync", found, "use `auto`, which copies weights to other nodes")
+        return dict.fromkeys(direct, handle) | (self._relays.deliver(handle, far) if far else {})
+
+    def _leave_lost_nodes(self) -> None:
+        """Replace the workers of nodes that left the cluster, before weights are sent there."""
+        assert self._handle is not None
+        if set(self._nodes) == {self._handle.node}:
+            return
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for index, node in enumerate(self._nodes):
+            if node not in alive:
+                self.on_note(f"rollout worker {index}: its node left the cluster; replacing it")
+                self._replace(index)
 
     def _requests(self, problems: Sequence[Problem], sampling: SamplingConfig, seed: int) -> list[list[GenerationRequest]]:
         seen: Counter[str] = Counter()
@@ -220,19 +265,22 @@ class RolloutWorkers:
         worker: Any = ray.remote(RolloutWorker).options(**options).remote()
         return worker, worker.start.remote(str(self.model), self.engine, 0, max(1, int(gpus)))
 
-    def _call_all(self, method: str, calls: Mapping[int, tuple[Any, ...]]) -> tuple[dict[int, Any], int]:
+    def _call_all(self, method: str, workers: Iterable[int], arguments: Callable[[int], tuple[Any, ...]]) -> tuple[dict[int, Any], int]:
         """Call `method` on several workers at once; a worker that dies is replaced and its call repeated.
+
+        Args:
+            arguments: of the call, by worker index; asked again for a repeated call.
 
         Returns:
             Answers by worker index, and how many workers were replaced.
         """
-        if not self._is_ready:
+        if not self._nodes:
             self.ready()
         deadline = time.monotonic() + self.cluster.step_timeout
-        refs = {index: getattr(self._workers[index], method).remote(*arguments) for index, arguments in calls.items()}
+        refs = {index: getattr(self._workers[index], method).remote(*arguments(index)) for index in workers}
         answers: dict[int, Any] = {}
         replaced: Counter[int] = Counter()
-        for index, arguments in calls.items():
+        for index in refs:
             what = f"rollout worker {index}: {method}"
             while index not in answers:
                 try:
@@ -243,18 +291,25 @@ class RolloutWorkers:
                         raise
                     replaced[index] += 1
                     self.on_note(f"{what}: {error.found}; replacing it ({replaced[index]} of {MAX_REPLACEMENTS}) and repeating the call")
-                    self._replace(index, reload=method != "load_weights")
-                    refs[index] = getattr(self._workers[index], method).remote(*arguments)
+                    self._replace(index)
+                    if method != "load_weights":
+                        self._reload(index)
+                    refs[index] = getattr(self._workers[index], method).remote(*arguments(index))
         return answers, sum(replaced.values())
 
-    def _replace(self, index: int, *, reload: bool) -> None:
-        """A fresh engine in place of worker `index`, on the weights last loaded."""
+    def _replace(self, index: int) -> None:
+        """A fresh engine in place of worker `index`, on whichever node has room."""
         ray.kill(self._workers[index])
         self._workers[index], starting = self._start_one()
         self._starting[index] = starting
-        cluster.wait([starting], what=f"rollout worker {index}: restart", timeout=self.cluster.start_timeout)
-        if reload and self._handle is not None:
-            loading = self._workers[index].load_weights.remote(self._handle, self.version)
+        started = cluster.wait([starting], what=f"rollout worker {index}: restart", timeout=self.cluster.start_timeout)
+        self._nodes[index] = started[0][1]
+
+    def _reload(self, index: int) -> None:
+        """Give worker `index` the weights last loaded."""
+        if self._handle is not None:
+            node = self._nodes[index]
+            loading = self._workers[index].load_weights.remote(self._local_handles([node])[node], self.version)
             cluster.wait([loading], what=f"rollout worker {index}: load_weights", timeout=self.cluster.step_timeout)
 
 

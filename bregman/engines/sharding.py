@@ -5,7 +5,8 @@ Owns every call into `torch.distributed.fsdp`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from bregman.engines.weight_sync import wire_dtype
 from bregman.errors import DataError
 from bregman.models.loading import load_policy, policy_like
 from bregman.models.policy import PolicyModel
@@ -83,17 +85,25 @@ class ShardedPolicy:
     def full_weights(self, *, keep: bool) -> dict[str, torch.Tensor]:
         """All weights, gathered on the CPU, under their names in `policy.model`, tied ones once. Every rank must call it; where
         `keep` is False the result is empty."""
-        gathered: dict[str, torch.Tensor] = {}
-        for name, tensor in _unique_state(self.policy):
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if keep:
-                gathered[name] = full.detach().cpu()
-        return gathered
+        return _gathered(_unique_state(self.policy), keep=keep)
 
-    def hub_weights(self, *, keep: bool) -> dict[str, torch.Tensor]:
-        """`full_weights` under the names and in the layout of the checkpoint on disk (experts one by one, for instance)."""
-        gathered = self.full_weights(keep=keep)
-        return revert_weight_conversion(self.policy.model, gathered) if keep else {}
+    def hub_weights(self, *, keep: bool, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """`full_weights` under the names and in the layout of the checkpoint on disk (experts one by one, for instance).
+
+        They are gathered a few layers at a time, so that no rank ever holds them all. Every rank must go through to the end, where
+        `keep` is False to no result.
+
+        Args:
+            dtype: of the engines they are for, which decides on that of each tensor (`weight_sync.wire_dtype`); None keeps float32.
+        """
+        for portion in _portions(_unique_state(self.policy)):
+            gathered = _gathered(((name, tensor.to(wire_dtype(name, tensor, dtype))) for name, tensor in portion), keep=keep)
+            if keep:
+                yield from revert_weight_conversion(self.policy.model, gathered).items()
+
+    def hub_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes of all `hub_weights`."""
+        return sum(tensor.numel() * wire_dtype(name, tensor, dtype).itemsize for name, tensor in _unique_state(self.policy))
 
     @property
     def _root(self) -> FSDPModule:
@@ -128,3 +138,30 @@ def _unique_state(policy: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
     model = policy.model
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
     return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+
+def _gathered(state: Iterable[tuple[str, torch.Tensor]], *, keep: bool) -> dict[str, torch.Tensor]:
+    """Full tensors on the CPU; none where `keep` is False, after the same collective calls."""
+    gathered: dict[str, torch.Tensor] = {}
+    for name, tensor in state:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            gathered[name] = full.detach().cpu()
+    return gathered
+
+
+def _portions(state: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Whole layers, several of them where they are small; what belongs to no layer is one. Tensors that become one on disk, or the
+    other way round, are of one layer."""
+    layers: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in state:
+        layer = re.match(r"(.*?\.\d+)\.", name)
+        layers.setdefault(layer[1] if layer else "", []).append((name, tensor))
+    portion: list[tuple[str, torch.Tensor]] = []
+    for tensors in layers.values():
+        portion += tensors
+        if sum(tensor.numel() for _, tensor in portion) >= SMALL_MODEL:
+            yield portion
+            portion = []
+    if portion:
+        yield portion

@@ -1,7 +1,7 @@
 """Moving the learner's weights into rollout engines: what is sent (a handle), who writes it, and how it is read.
 
-Owns the flat shared-memory segment and the handles of weights; works without vLLM, so that a learner process can import it. The
-vLLM side is in `vllm_transfer`. One node only: a segment is visible to the processes of one machine.
+Owns the flat shared-memory segment and the handles of weights; works without vLLM and Ray, so that a learner process can import it.
+The vLLM side is in `vllm_transfer`. A segment is visible to the processes of one machine; `weight_relay` copies it to others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import torch
 
-from bregman.engines.config import EngineConfig
 from bregman.errors import ClusterError, DataError
 
 HEADER = struct.Struct("<8sQQ")  # magic, sequence number of the write (0 while it is under way), bytes of tensors
@@ -61,6 +60,7 @@ class WeightHandle:
         sequence: number of the write that made the segment's content; a later write makes this handle stale. 0 for a folder.
         checksum: CRC-32 over sampled elements of every tensor as the writer had them; None for a folder.
         host: the machine that holds the segment.
+        node: Ray's id of that node, where it is known.
     """
 
     backend: Literal["shared_memory", "folder"]
@@ -70,6 +70,7 @@ class WeightHandle:
     sequence: int = 0
     checksum: int | None = None
     host: str = ""
+    node: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as vLLM's weight-transfer interface takes them."""
@@ -81,19 +82,15 @@ class WeightHandle:
         return cls(**{**data, "tensors": tensors})
 
 
-def resolve_backend(config: EngineConfig) -> Literal["shared_memory"]:
-    """The weight-sync backend to use; `auto` is shared memory, for CPU engines and, through a host copy, GPU engines.
+def wire_dtype(name: str, tensor: torch.Tensor, engine: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a tensor travels to engines of dtype `engine`; None sends it as it is.
 
-    The GPU side of it is vLLM's own loading of CPU tensors; it has not been run on a GPU.
-
-    Raises:
-        ClusterError: the recipe asks for a GPU-to-GPU backend.
+    Matrices travel in the engine's dtype: vLLM would round them to it, just so, on loading. What it may keep in float32 stays as it
+    is, and is small: vectors (the bias that balances a router moves by less than bfloat16 can tell) and the matrices of routers.
     """
-    if config.weight_sync in ("nccl", "ipc"):
-        found = f"`{config.weight_sync}` is not available"
-        fix = "use `shared_memory` (or `auto`): learner and engines on one machine, through host memory"
-        raise ClusterError("engine.weight_sync", found, fix)
-    return "shared_memory"
+    if engine is None or not tensor.is_floating_point() or tensor.ndim < 2 or name.endswith("gate.weight"):
+        return tensor.dtype
+    return engine
 
 
 class SharedMemoryWriter:
@@ -114,46 +111,67 @@ class SharedMemoryWriter:
         self._fd, self.path = self._create()
         atexit.register(self.close)
 
-    def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightHandle:
+    def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, expected_bytes: int = 0) -> WeightHandle:
         """Write one full set of weights, tensor by tensor; the handle of the write before becomes stale.
 
         Args:
-            named_tensors: Hugging Face checkpoint names with full (gathered) tensors, on any device.
+            named_tensors: Hugging Face checkpoint names with full (gathered) tensors, on any device; taken one by one.
+            expected_bytes: about what they will take, to learn before the first one that there is no room.
 
         Raises:
             ClusterError: no space is left.
         """
-        if self._fd < 0:
-            raise RuntimeError("the writer is closed")
         specs: list[TensorSpec] = []
         position, checksum = HEADER_BYTES, 0
+        self.begin(expected_bytes)
+        for name, tensor in named_tensors:
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), position))
+            checksum = _add_samples(checksum, flat)
+            self.put(memoryview(_bytes_of(flat)), position)
+            size = flat.numel() * flat.element_size()
+            position += -(-size // ALIGNMENT) * ALIGNMENT
+        num_bytes = position - HEADER_BYTES
+        sequence = self.commit(num_bytes)
+        return WeightHandle("shared_memory", self.path, tuple(specs), num_bytes, sequence, checksum, socket.gethostname())
+
+    def begin(self, num_bytes: int) -> None:
+        """Start a write of `num_bytes`: what the segment holds is no longer valid.
+
+        Raises:
+            ClusterError: the folder has no room for that much.
+        """
+        if self._fd < 0:
+            raise RuntimeError("the writer is closed")
+        system = os.statvfs(self.folder)
+        free = system.f_bavail * system.f_frsize + os.fstat(self._fd).st_blocks * 512  # what the segment has already is its own
+        if num_bytes > free:
+            raise self._no_space(f"{num_bytes:,} bytes of weights do not fit, {free:,} are free")
+        self.put(HEADER.pack(MAGIC, 0, 0), 0)
+
+    def put(self, data: bytes | memoryview, position: int) -> None:
+        """Write `data` at an offset of the segment. `pwrite` rather than a mapping: a full tmpfs is then an error and not a SIGBUS.
+
+        Raises:
+            ClusterError: no space is left.
+        """
+        data = memoryview(data)
         try:
-            self._write_header(0, 0)
-            for name, tensor in named_tensors:
-                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-                specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), position))
-                checksum = _add_samples(checksum, flat)
-                _write_all(self._fd, flat, position)
-                size = flat.numel() * flat.element_size()
-                position += -(-size // ALIGNMENT) * ALIGNMENT
-            self._sequence += 1
-            if os.fstat(self._fd).st_size < position:  # never shorter: a reader may still have it mapped
-                os.truncate(self._fd, position)
-            self._write_header(self._sequence, position - HEADER_BYTES)
+            while data:
+                written = os.pwrite(self._fd, data, position)
+                data, position = data[written:], position + written
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            found = f"no space left for the weights ({position / 2**20:.0f} MiB written)"
-            raise ClusterError(str(self.folder), found, "free some space there or give it more (for a container: --shm-size)") from error
-        return WeightHandle(
-            backend="shared_memory",
-            path=self.path,
-            tensors=tuple(specs),
-            num_bytes=position - HEADER_BYTES,
-            sequence=self._sequence,
-            checksum=checksum,
-            host=socket.gethostname(),
-        )
+            raise self._no_space(f"no space left for the weights ({position / 2**20:.0f} MiB written)") from error
+
+    def commit(self, num_bytes: int) -> int:
+        """Declare the segment whole; the number of this write."""
+        self._sequence += 1
+        if os.fstat(self._fd).st_size < HEADER_BYTES + num_bytes:  # never shorter: a reader may still have it mapped
+            os.truncate(self._fd, HEADER_BYTES + num_bytes)
+        self.put(HEADER.pack(MAGIC, self._sequence, num_bytes), 0)
+        return self._sequence
 
     def close(self) -> None:
         """Remove the segment; calling it again does nothing."""
@@ -166,8 +184,9 @@ class SharedMemoryWriter:
         os.close(self._fd)
         self._fd = -1
 
-    def _write_header(self, sequence: int, num_bytes: int) -> None:
-        os.pwrite(self._fd, HEADER.pack(MAGIC, sequence, num_bytes), 0)
+    def _no_space(self, found: str) -> ClusterError:
+        fix = "free some space there or give it more (for a container: --shm-size)"
+        return ClusterError(f"{socket.gethostname()}: {self.folder}", found, fix)
 
     def _create(self) -> tuple[int, str]:
         """A new file that this process holds a lock on: a file of that name without a lock has lost its writer."""
@@ -257,6 +276,20 @@ def check_current(handle: WeightHandle, fd: int | None = None) -> None:
         raise ClusterError(handle.path, found, "a handle is good until the next publish; publish again")
 
 
+def read_bytes(handle: WeightHandle, position: int, count: int) -> Any:
+    """`count` bytes at an offset of a segment, as a view of it: uint8 [count], numpy. Copy them before the next write.
+
+    Raises:
+        ClusterError: the segment is gone or was overwritten.
+    """
+    import numpy
+
+    with _open_segment(handle) as fd:
+        check_current(handle, fd)
+        mapped = mmap.mmap(fd, HEADER_BYTES + handle.num_bytes, access=mmap.ACCESS_READ)
+    return numpy.frombuffer(mapped, numpy.uint8, count, position)
+
+
 def sample_indices(count: int) -> torch.Tensor:
     """Positions of the elements that checks look at: evenly spread over `count` elements, the last one included. int64."""
     return torch.linspace(0, max(count - 1, 0), min(count, SAMPLES_PER_TENSOR), dtype=torch.float64).round().long()
@@ -278,14 +311,6 @@ def _bytes_of(flat: torch.Tensor) -> Any:
     return flat.contiguous().view(torch.uint8).numpy() if flat.numel() else b""
 
 
-def _write_all(fd: int, flat: torch.Tensor, position: int) -> None:
-    """`pwrite` rather than a mapping: a full tmpfs is then an error and not a SIGBUS."""
-    data = memoryview(_bytes_of(flat))
-    while data:
-        written = os.pwrite(fd, data, position)
-        data, position = data[written:], position + written
-
-
 @contextlib.contextmanager
 def _open_segment(handle: WeightHandle) -> Iterator[int]:
     try:
@@ -293,7 +318,7 @@ def _open_segment(handle: WeightHandle) -> Iterator[int]:
     except FileNotFoundError:
         here = socket.gethostname()
         found = "the learner that wrote it is gone" if handle.host == here else f"it is on {handle.host}, this engine on {here}"
-        raise ClusterError(handle.path, f"no such weight segment; {found}", "run learner and rollout workers on one machine") from None
+        raise ClusterError(handle.path, f"no such weight segment; {found}", "set engine.weight_sync to `auto`") from None
     try:
         yield fd
     finally:

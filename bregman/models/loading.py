@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from bregman.errors import DataError
 
@@ -111,7 +112,7 @@ def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> PolicyModel
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise DataError(str(folder), f"not a causal language model that can be loaded ({_first_line(error)})", "see model.path") from error
     if missing := sorted(info["missing_keys"]):  # transformers would train on random ones
         raise DataError(str(folder), f"{len(missing)} weights are missing, {missing[0]} among them", "copy the whole folder")
@@ -187,4 +188,6 @@ def _version(name: str) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassError):  # which field it is about stands on the first line, what is wrong with it below
+        return " ".join(str(error).split())
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Per element, by the data types' names in safetensors."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+"""Files that hold weights, in whatever format: those of one model have no place beside the average."""
 
 
 def merge_models(folders: Sequence[Path], weights: Sequence[float], output: Path) -> int:
@@ -51,7 +53,7 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], output: Path
             for file in models[0].files:
                 _write(aside / file.name, models, shares, file)
             for companion in folders[0].iterdir():
-                if companion.is_file() and companion.suffix != ".safetensors":
+                if companion.is_file() and companion.suffix not in _WEIGHTS:
                     shutil.copyfile(companion, aside / companion.name)
             aside.chmod(0o755)
             if output.exists():

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from bregman.errors import DataError
@@ -19,7 +20,7 @@ def meta_model(config_file: Path) -> PreTrainedModel:
     """The model that a `config.json` describes, on the meta device: no memory, no weights.
 
     Raises:
-        DataError: the file is missing, or names no architecture that is known here.
+        DataError: the file is missing or malformed, or names no architecture that is known here.
     """
     hide_cuda_builds()
     try:
@@ -30,14 +31,15 @@ def meta_model(config_file: Path) -> PreTrainedModel:
             str(config_file), f"not a model's config.json ({type(error).__name__})", "give one that names its model_type"
         ) from None
     with torch.device("meta"):
-        if kind == "kimi_vl":
-            from bregman.models.kimi_vl.configuration import KimiVLConfig
-            from bregman.models.kimi_vl.modeling import KimiVLForConditionalGeneration
-
-            return KimiVLForConditionalGeneration(KimiVLConfig(**settings))
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         try:
+            if kind == "kimi_vl":
+                from bregman.models.kimi_vl.configuration import KimiVLConfig
+                from bregman.models.kimi_vl.modeling import KimiVLForConditionalGeneration
+
+                return KimiVLForConditionalGeneration(KimiVLConfig(**settings))
+            from transformers import AutoConfig, AutoModelForCausalLM
+
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{k: v for k, v in settings.items() if k != "model_type"}))
-        except (ValueError, KeyError) as error:
-            raise DataError(str(config_file), f"`{kind}` is no causal language model known here ({error})", "see model.path") from None
+        except (ValueError, KeyError, StrictDataclassError) as error:
+            found = f"describes no `{kind}` model that can be built ({' '.join(str(error).split())})"
+            raise DataError(str(config_file), found, "see model.path, or model.config") from None

@@ -45,7 +45,12 @@ class PolicyModel(nn.Module):
             temperature: logits are divided by it.
             context: this rank's part of the pack, where several ranks share it; all of them get the whole result.
             images: `IMAGE_ARGUMENTS`, all of them or none.
+
+        Raises:
+            ValueError: images for a text model, which would not look at them.
         """
+        if images and not hasattr(self.model, "body"):
+            raise ValueError(f"the pack has images and {type(self.model).__name__} is a text model")
         body = getattr(self.model, "body", self.model.base_model)
         next_ids = token_ids.roll(-1)
         arguments = boundary_arguments(boundaries)

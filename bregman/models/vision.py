@@ -21,7 +21,7 @@ def load_image_encoder(folder: Path) -> ImageEncoder | None:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None  # `load_policy` and the engine say what is wrong with the folder
-    if config.get("model_type") == "kimi_vl":
+    if isinstance(config, dict) and config.get("model_type") == "kimi_vl":
         from bregman.models.kimi_vl.image_processing import KimiVLImageEncoder
 
         return KimiVLImageEncoder.from_folder(folder)

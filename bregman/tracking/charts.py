@@ -38,7 +38,9 @@ def learning_curve(run: RunData) -> list[str]:
 
 def stage_charts(stage: StageData) -> list[str]:
     """The charts of one stage, as many as it has curves for."""
-    return _rl_charts(stage) if is_rl(stage) else _sft_charts(stage) if "loss" in stage.curves else []
+    if is_rl(stage):
+        return _rl_charts(stage)
+    return _sft_charts(stage) if "loss" in stage.curves else _sampling_charts(stage)
 
 
 def watch_charts(stage: StageData) -> list[str]:
@@ -54,7 +56,8 @@ def watch_charts(stage: StageData) -> list[str]:
 
 
 def is_rl(stage: StageData) -> bool:
-    return "response_tokens/mean" in stage.curves
+    """Whether it is an RL stage that has begun."""
+    return stage.kind == "rl" and "response_tokens/mean" in stage.curves
 
 
 def _across_stages(run: RunData, key: str) -> str:
@@ -93,7 +96,7 @@ def _curve_with_levels(run: RunData, rl_stages: Sequence[StageData], key: str) -
     levels = [stage.summary for stage in before if stage.kind == "eval" and stage.summary]
     series += [
         Series(
-            name=f"after {row['name'].removeprefix('after_')}", x=(0, offset), y=(row[key], row[key]), style="dashed", color=2 + index % 4
+            name=f"after {row['name'].removeprefix('after_')}", x=(0, offset), y=(row[key], row[key]), style="dashed", color=2 + index % 5
         )
         for index, row in enumerate(levels)
     ]
@@ -142,12 +145,28 @@ def _rl_charts(stage: StageData) -> list[str]:
 
 def _sft_charts(stage: StageData) -> list[str]:
     gate = {"accuracy": "eval/accuracy"}
+    preferences = {"chosen": "dpo/chosen", "rejected": "dpo/rejected", "margin": "dpo/margins"}
     figures = [
-        _lines(stage, {"": "loss"}, Axes(title="Loss per trained token, nats")),
+        _lines(stage, {"": "loss"}, Axes(title="Loss of a pair, nats" if stage.kind == "dpo" else "Loss per trained token, nats")),
         _lines(stage, {"": "grad_norm"}, Axes(title="Gradient norm")),
         _lines(stage, {"": "learning_rate"}, Axes(title="Learning rate")),
         _lines(stage, {"": "tokens_per_second"}, Axes(title="Training tokens per second")),
         _lines(stage, gate, Axes(title="Evaluations of the gate", y_range=(0.0, 1.02))),
+        _lines(stage, preferences, Axes(title="Implicit reward of an answer: beta x log-ratio, nats")),
+        _lines(stage, {"": "dpo/accuracies"}, Axes(title="Share of pairs in their order", y_range=(0.0, 1.02))),
+    ]
+    return [figure for figure in figures if figure]
+
+
+def _sampling_charts(stage: StageData) -> list[str]:
+    """Of a stage that samples without training; none of any other."""
+    if "response_tokens/mean" not in stage.curves:
+        return []
+    shares = {"right": "accuracy", "cut at the limit": "truncated"}
+    figures = [
+        _lines(stage, shares, Axes(title="Share of samples, by chunk", y_range=(0.0, 1.02))),
+        _lines(stage, {"": "response_tokens/mean"}, Axes(title="Mean response length, tokens")),
+        _lines(stage, {"": "rollout_tokens_per_second"}, Axes(title="Rollout tokens per second")),
     ]
     return [figure for figure in figures if figure]
 

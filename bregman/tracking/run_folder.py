@@ -29,6 +29,7 @@ _MAY_CHANGE = re.compile(
     r"|engine\.(kv_cache_mib|gpu_memory_utilization|max_num_seqs|max_num_batched_tokens)"
     r"|stages\[\d+\]\.(parity_bound|checkpoint|gate\.(max_extensions|at_least|at_most))"
     r"|stages\[\d+\]\.(.+\.)?rewards\.(on_failure|processes|memory_gib|total_timeout|functions\[\d+\]\.(timeout|load_timeout))"
+    r"|stages\[\d+\]\.generator\.(base_url|api_key_env|timeout|retries|backoff|concurrency|max_requests|max_tokens_total)"
 )
 """Recipe keys that say where a run happens and when it stops: a run may be moved, resumed with other workers, or go on
 after one of its limits was raised. What is already computed stays right."""

@@ -162,7 +162,10 @@ def test_check_warns_that_tau_has_no_effect_with_one_step(recipe, capsys):
         (sft(sources=[{**source("conversations"), "columns": {"completion": "ansr"}}]), "ansr"),
         (sft(sources=[source("empty")]), "task.py:empty"),
         (sft(sources=[source("broken")]), "colour"),
-        (sft(max_length=13), "row 0: 14 tokens, max_length is 13 (4 of 4 conversations are longer); set max_length: 14, or too_long: skip (or truncate)"),
+        (
+            sft(max_length=13),
+            "row 0: 14 tokens, max_length is 13 (4 of 4 conversations are longer); set max_length: 14, or too_long: skip (or truncate)",
+        ),
         (sft(max_length=13, too_long="skip"), "no conversation is left"),
         (sft(optimizer={"kind": "moun", "learning_rate": 0.001}), "did you mean `muon`?"),
         (merge({"stage": "sft"}, {"stage": "rll"}), "models[1].stage: no earlier stage `rll` leaves a model; there is: start, sft, rl"),

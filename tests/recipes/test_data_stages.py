@@ -227,7 +227,9 @@ def test_problems_with_images_keep_them_through_both_stages(tmp_path):
     encoder = KimiVLImageEncoder(ImageSettings(in_token_limit=64), tokenizer.get_vocab()[IMAGE_PLACEHOLDER])
     for colour in ("red", "blue"):
         Image.new("RGB", (56, 28), colour).save(tmp_path / f"{colour}.png")
-    rows = [{"id": colour, "prompt": "<image>what colour", "images": [f"{colour}.png"], "answer": colour} for colour in ("red", "blue", "red")]
+    rows = [
+        {"id": colour, "prompt": "<image>what colour", "images": [f"{colour}.png"], "answer": colour} for colour in ("red", "blue", "red")
+    ]
     (tmp_path / "problems.jsonl").write_text("\n".join(json.dumps(row | {"id": f"p{n}"}) for n, row in enumerate(rows)))
     shown: list[tuple[str, int]] = []
 

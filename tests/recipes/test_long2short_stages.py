@@ -1,10 +1,12 @@
 """The stages `rejection`, `merge` and `dpo` from recipe to files: an engine that answers by a script, tensors of a few numbers, no Ray."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fakes import ListTracker
 from safetensors.torch import load_file, save_file
 from test_data_stages import context, write_problems
 
@@ -12,7 +14,8 @@ from bregman.config import parse
 from bregman.data.config import ParquetSource
 from bregman.data.sources import read_conversations, read_rows
 from bregman.errors import DataError, RecipeError
-from recipes import model_stages
+from bregman.types import Problem
+from recipes import model_stages, workers
 from recipes.context import data_file
 from recipes.model_stages import run_dpo, run_merge
 from recipes.rejection import run_rejection
@@ -33,7 +36,7 @@ DPO = {"name": "dpo", "kind": "dpo", "pairs": {"kind": "stage", "stage": "pairs"
 MERGE = {"name": "merge", "kind": "merge", "models": [{"stage": "start", "weight": 3}, {"path": "other"}]}
 
 ANSWERS = {  # the scorer takes what ends in "right" as right
-    "p0": ["so and so right", " so right ", "wrong", "right"],
+    "p0": ["so and so right", " so right", "wrong", "right"],
     "p1": ["wrong", "so wrong", "wrong", "wrong"],
     "p2": ["right", "right", "right", "right"],
     "p3": ["wrong", "wrong", "so right", "so on right"],
@@ -143,7 +146,7 @@ def test_samples_of_an_unfinished_stage_are_not_shared(tmp_path):
 
 def test_pairs_with_images_stop_before_sampling(tmp_path, monkeypatch):
     shared = prepared(tmp_path, [PAIRS])
-    shown = SimpleNamespace(id="p1", images=("a.png",), messages=())
+    shown = Problem(id="p1", messages=({"role": "user", "content": "sum"},), prompt_ids=(1,), images=("a.png",))
     monkeypatch.setattr(type(shared), "problems", lambda *_: [shown])
     with pytest.raises(DataError, match=r"problem p1: has images.*keep: shortest"):
         run(shared, "pairs")
@@ -198,17 +201,52 @@ def test_dpo_trains_on_the_pairs_of_a_stage_and_logs_every_step(tmp_path, monkey
         return [{"loss": 0.69, "rewards/margins": 0.0, "epoch": 0.5}, {"loss": 0.5, "rewards/margins": 0.2, "epoch": 1.0}]
 
     monkeypatch.setattr(model_stages.cluster, "run_alone", run_alone)
+    shared.workers.lend_gpus_of_learner = lambda: called.update(lent=True)
     output = tmp_path / "out"
     run_dpo(shared, shared.recipe.stages[1], shared.start, output)
+    assert called["lent"]
     assert (called["model"], called["output"], called["on_gpu"], len(called["pairs"])) == (shared.start, output / "model", False, 6)
     assert shared.tracker.rows[-2:] == [(0, {"loss": 0.69, "dpo/margins": 0.0}), (1, {"loss": 0.5, "dpo/margins": 0.2})]
     assert shared.tracker.planned == 2
 
 
+def test_dpo_of_a_model_with_images_is_one_line(tmp_path):
+    shared = replace(prepared(tmp_path, [PAIRS, DPO]), encoder=object())
+    with pytest.raises(RecipeError, match="stage dpo: preference tuning takes text models, and this one takes images"):
+        run_dpo(shared, shared.recipe.stages[1], shared.start, tmp_path / "out")
+
+
 def test_dpo_needs_a_stage_that_makes_pairs(tmp_path):
     with pytest.raises(RecipeError, match="no earlier stage `pairs` makes a data set"):
         prepared(tmp_path, [DPO])
-    shared = prepared(tmp_path, [SHORTEST, {**DPO, "pairs": {"kind": "stage", "stage": "shortest"}}])
-    run(shared, "shortest")
-    with pytest.raises(DataError, match="row 0: needs `prompt`"):
-        run_dpo(shared, shared.recipe.stages[1], shared.start, tmp_path / "out")
+    with pytest.raises(RecipeError, match="stage `shortest` makes no preference pairs"):
+        prepared(tmp_path, [SHORTEST, {**DPO, "pairs": {"kind": "stage", "stage": "shortest"}}])
+    sft = {
+        "name": "sft",
+        "kind": "sft",
+        "steps": 1,
+        "tokens_per_step": 64,
+        "max_length": 64,
+        "optimizer": {"kind": "adamw", "learning_rate": 1e-3},
+    }
+    with pytest.raises(RecipeError, match="stage `pairs` makes preference pairs; use `keep: shortest`"):
+        prepared(tmp_path, [PAIRS, {**sft, "sources": [{"kind": "stage", "stage": "pairs"}]}])
+    prepared(tmp_path, [PAIRS, {**sft, "sources": [{"kind": "stage", "stage": "pairs", "columns": {"completion": "chosen"}}]}])
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_learner_whose_gpus_were_lent_is_started_anew(tmp_path, monkeypatch, gpus):
+    started, closed = [], []
+
+    def start(learner, cluster_config):
+        started.append(SimpleNamespace(ready=lambda: None, close=lambda: closed.append(1)))
+        return started[-1]
+
+    monkeypatch.setattr(workers.cluster, "start", lambda config: None)
+    monkeypatch.setattr(workers.LearnerWorkers, "start", start)
+    recipe = prepared(tmp_path, [MERGE]).recipe
+    recipe = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"gpus_per_learner_worker": gpus})})
+    group = workers.Workers(recipe, tmp_path, None, ListTracker(), engine=False)
+    first = group.learner
+    group.lend_gpus_of_learner()
+    assert (len(closed), group.learner is first, len(started)) == ((1, False, 2) if gpus else (0, True, 1))

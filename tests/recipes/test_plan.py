@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch.distributed as dist
 from learner_cases import make_model, make_moe, minibatch, policy_loss
 from transformers import AutoModelForCausalLM
 
-from bregman.engines.config import AdamWConfig, LearnerConfig, ModelTraining, MuonConfig
+from bregman.engines.config import AdamWConfig, LearnerConfig, ModelPart, ModelTraining, MuonConfig
 from bregman.engines.fsdp2_learner import FSDP2Learner
+from bregman.models.kimi_vl.configuration import KimiVLConfig
+from bregman.models.kimi_vl.modeling import KimiVLForConditionalGeneration
 from bregman.models.loading import load_policy
 from bregman.models.meta import meta_model
+from bregman.models.policy import PolicyModel
 from recipes import cli
 from recipes.plan import learner_plan, sizes
 
@@ -55,10 +59,9 @@ def test_what_a_rank_keeps_is_exact(make: Any, optimizer: Any, tmp_path: Path) -
     assert plan.parts["optimizer"] == sum(4 * state.numel() for name in parameters for state in learner._optimizer.state(name).values())
 
 
-def saved_bytes(folder: Path, tokens: int) -> int:
-    """What autograd keeps for the backward pass of the body on one sequence, every storage once, parameters not counted."""
-    policy = load_policy(folder)
-    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """What autograd keeps for the backward pass of `forward`, every storage once, parameters not counted."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,21 +72,46 @@ def saved_bytes(folder: Path, tokens: int) -> int:
         return tensor
 
     kept: list[torch.Tensor] = []
-    ids, ends = torch.arange(tokens) % 20, torch.tensor([0, tokens], dtype=torch.int32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        policy(ids, torch.arange(tokens), ends)
+        forward()
     return sum(seen.values())
+
+
+def saved_by_text(policy: PolicyModel, tokens: int) -> int:
+    ids, ends = torch.arange(tokens) % 20, torch.tensor([0, tokens], dtype=torch.int32)
+    return saved_bytes(policy, lambda: policy(ids, torch.arange(tokens), ends))
 
 
 @pytest.mark.parametrize("make", [make_model, make_moe])
 def test_activations_are_estimated_within_a_third(make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     size = sizes(AutoModelForCausalLM.from_pretrained(folder))
-    tokens = 512
-    found = saved_bytes(folder, 2 * tokens) - saved_bytes(folder, tokens)  # without what does not grow with tokens
+    policy, tokens = load_policy(folder), 512
+    found = saved_by_text(policy, 2 * tokens) - saved_by_text(policy, tokens)  # without what does not grow with tokens
     head = 2 * tokens * 4 * 29  # logits and their softmax, which the plan leaves out: they are taken in chunks at real sizes
     plan = learner_plan(size, LearnerConfig(), 1, ModelTraining(), AdamWConfig(learning_rate=1e-3), tokens, frozen_copy=False)
     assert plan.parts["activations"] == pytest.approx(found - head, rel=1 / 3)
+
+
+def test_activations_of_images_are_estimated_within_a_third() -> None:
+    settings = json.loads((FULL_SIZE / "config.json").read_text())
+    text = settings["text_config"] | {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 9, "pad_token_id": None}
+    vision = settings["vision_config"] | {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 240, "num_attention_heads": 2}
+    model = KimiVLForConditionalGeneration(KimiVLConfig(text_config=text, vision_config=vision))
+
+    def saved(images: int) -> int:
+        pixels, grid = torch.zeros(256 * images, 3, 14, 14), torch.tensor([[16, 16]] * images)
+        return saved_bytes(model, lambda: model.image_features(pixels, grid))
+
+    def planned(train: list[ModelPart] | None, *, checkpointing: bool) -> float:
+        learner = LearnerConfig(activation_checkpointing=checkpointing)
+        stage, optimizer = ModelTraining(train=train), AdamWConfig(learning_rate=1e-3)
+        return learner_plan(sizes(model), learner, 1, stage, optimizer, 2 * 64, frozen_copy=False).parts["images (at most)"]
+
+    assert planned(None, checkpointing=False) == pytest.approx(saved(4) - saved(2), rel=1 / 3)  # 64 tokens for an image of 256 patches
+    model.vision_tower.requires_grad_(False)
+    frozen = planned(["projector", "language_model"], checkpointing=True)
+    assert saved(4) - saved(2) < frozen < planned(None, checkpointing=True) < planned(None, checkpointing=False)
 
 
 @pytest.mark.parametrize("path", sorted(FULL_SIZE.glob("*.yaml")), ids=lambda path: path.stem)

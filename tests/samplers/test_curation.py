@@ -211,6 +211,7 @@ def test_evenly(count, wanted, places):
     [
         ({"min_pass_rate": 0.9, "max_pass_rate": 0.1}, "min_pass_rate 0.9 is above max_pass_rate 0.1"),
         ({"rules": {"own": {"x": "("}}}, "is not a regular expression"),
+        ({"rules": {"own": {"kept": "x"}}}, "name the rule otherwise"),
         ({"rules": {"drop": ["multiple_choise"]}}, "multiple_choise"),
         ({"hack": {"template": {"user": "no place"}}}, "needs `{question}` once"),
     ],

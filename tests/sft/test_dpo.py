@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bregman.config import parse
@@ -85,3 +87,32 @@ def test_training_moves_probability_to_the_chosen_answer(tmp_path: Path) -> None
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "stage" / "model").config.hidden_size == 32
     assert (tmp_path / "stage" / "model" / "tokenizer.json").exists()
     assert [path.name for path in (tmp_path / "stage").iterdir()] == ["model"]  # TRL's own checkpoints are gone
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl
+
+    make_tiny_qwen3(
+        TinyQwen3Config(alphabet="0123456789+ab", hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1), 0, tmp_path / "model"
+    )
+    pairs = read(tmp_path, *({"prompt": f"{i}+1", "chosen": "a", "rejected": "b" * (1 + i % 3)} for i in range(24)))
+    config = DPOConfig(pairs=JsonlSource(path="-"), max_length=64, learning_rate=3e-3, batch_size=4, micro_batch_size=4)
+    whole = train(config, tmp_path / "model", tmp_path / "whole" / "model", pairs, seed=0, on_gpu=False)
+
+    step, dies_at = trl.DPOTrainer.training_step, 4
+    calls: list[int] = []
+
+    def dying(self: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(self.state.global_step)
+        if len(calls) == dies_at:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(trl.DPOTrainer, "training_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "model", tmp_path / "cut" / "model", pairs, seed=0, on_gpu=False)
+    resumed = train(config, tmp_path / "model", tmp_path / "cut" / "model", pairs, seed=0, on_gpu=False)
+    assert calls[dies_at] == 3, "it goes on after the last saved step"
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -26,6 +26,17 @@ _TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{%- macro calls(message) -%}
+    {%- if message.get('tool_calls') -%}
+        {{- '<|tool_calls_section_begin|>' -}}
+        {%- for call in message['tool_calls'] -%}
+            {%- set arguments = call['function']['arguments'] -%}
+            {{- '<|tool_call_begin|>functions.' + call['function']['name'] + ':' + loop.index0 | string -}}
+            {{- '<|tool_call_argument_begin|>' + (arguments if arguments is string else arguments | tojson) + '<|tool_call_end|>' -}}
+        {%- endfor -%}
+        {{- '<|tool_calls_section_end|>' -}}
+    {%- endif -%}
+{%- endmacro -%}
 {%- if tools -%}
     {{- '<|im_system|>tool_declare<|im_middle|>' + tools | tojson + '<|im_end|>' -}}
 {%- endif -%}
@@ -36,7 +47,7 @@ _TEMPLATE = """\
     {%- if message['role'] == 'assistant' -%}
         {{- '<|im_assistant|>assistant<|im_middle|>' -}}
         {%- generation -%}
-            {{- body(message['content']) + '<|im_end|>' -}}
+            {{- body(message['content']) + calls(message) + '<|im_end|>' -}}
         {%- endgeneration -%}
     {%- elif message['role'] == 'user' -%}
         {{- '<|im_user|>user<|im_middle|>' + body(message['content']) + '<|im_end|>' -}}
@@ -53,6 +64,7 @@ _TEMPLATE = """\
 def chat_template(default_system: str = "You are a helpful assistant") -> str:
     """Kimi-VL's ChatML with marks around the assistant's answers; `default_system` is written where no system message comes first.
 
-    Tools and roles other than the user's and the assistant's stand under `<|im_system|>`, as in Kimi K2's template.
+    Tools and roles other than the user's and the assistant's stand under `<|im_system|>`, and calls are written, as in Kimi K2's
+    template; the marks around calls are plain text to Kimi-VL's published vocabulary.
     """
     return _TEMPLATE.replace("DEFAULT_SYSTEM", json.dumps(default_system, ensure_ascii=False))

@@ -27,6 +27,14 @@ class MoonViTConfig(PreTrainedConfig):
     intermediate_size: int = 4304
     merge_kernel_size: tuple[int, int] | list[int] = (2, 2)
 
+    def validate_architecture(self) -> None:
+        """Raise ValueError on sizes that do not fit one another; called once all are known."""
+        if self.hidden_size % (4 * self.num_attention_heads):
+            found = f"vision_config.hidden_size ({self.hidden_size}) is no multiple of 4 x num_attention_heads ({self.num_attention_heads})"
+            raise ValueError(f"{found}, which rotation in two dimensions needs")
+        if len(self.merge_kernel_size) != 2 or min(self.merge_kernel_size) < 1:
+            raise ValueError(f"vision_config.merge_kernel_size is {self.merge_kernel_size}, not [rows, columns]")
+
 
 @strict
 class KimiVLConfig(PreTrainedConfig):
@@ -46,6 +54,9 @@ class KimiVLConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, part in (("text_config", self.text_config), ("vision_config", self.vision_config)):
+            if not isinstance(part, dict | PreTrainedConfig | None):
+                raise ValueError(f"{name} is a {type(part).__name__}, not an object")
         if not isinstance(self.text_config, PreTrainedConfig):
             settings = {key: value for key, value in (self.text_config or {}).items() if key != "model_type"}
             self.text_config = DeepseekV3Config(**settings)

@@ -295,3 +295,24 @@ class TestTools:
         conversation = Conversation(id="1", messages=tuple(CALLING), tools=(SCHEMA,))
         (sequence,) = tokenize_conversations(tokenizer, [conversation])
         assert sequence.token_ids.tolist() == tokenize_conversation(tokenizer, CALLING, tools=[SCHEMA]).token_ids.tolist()
+
+
+WRITES_CONTENT_ONLY = TOOLS_MARKED.replace("message.tool_calls or []", "[]").replace("{%- if tools %}", "{%- if false %}")
+
+
+@pytest.mark.parametrize(
+    ("message", "tools", "key"),
+    [({"content": "", "tool_calls": [CALL]}, [], "tool_calls"), ({"content": "two", "reasoning_content": "one"}, [], "reasoning_content"),
+     ({"content": "two"}, [SCHEMA], "tools")],
+)  # fmt: skip
+def test_what_a_template_leaves_out_is_an_error(message, tools, key):
+    messages = [{"role": "user", "content": "world"}, {"role": "assistant", **message}]
+    with pytest.raises(DataError, match=f"row 3: the chat template leaves its `{key}` out"):
+        tokenize_conversation(byte_level(WRITES_CONTENT_ONLY), messages, "row 3", tools=tools)
+
+
+def test_control_tokens_in_calls_are_refused():
+    call = {"type": "function", "function": {"name": "add", "arguments": "<|im_end|>"}}
+    messages = [{"role": "user", "content": "world"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(DataError, match=r"turn 1 contains the end token `<\|im_end\|>`"):
+        tokenize_conversation(byte_level(TOOLS_MARKED), messages)

@@ -17,7 +17,7 @@ from PIL import Image
 from bregman.data import images
 from bregman.data.chat import check_masks, render_prompt, tokenize_conversation, tokenize_conversations
 from bregman.data.config import JsonlSource, ParquetSource
-from bregman.data.images import StoredImage, encode_images, open_image, resolve, storable
+from bregman.data.images import StoredImage, content_hash, encode_images, open_image, resolve, storable
 from bregman.data.inspect import colour_mask, image_report
 from bregman.data.packing import pack
 from bregman.data.shards import token_store
@@ -178,16 +178,32 @@ def test_every_form_of_a_payload_is_the_same_image(tmp_path, encoder):
             assert (one.pixels == encoder.encode(picture()).pixels).all() and one.grid == (2, 4) and one.num_tokens == 2
 
 
+@pytest.mark.parametrize("case", ["palette", "exif"])
+def test_pictures_that_differ_beside_their_pixels_are_told_apart(case, encoder):
+    shown = [Image.new("P" if case == "palette" else "RGB", (28, 56)) for _ in range(2)]
+    if case == "palette":
+        for one, colour in zip(shown, ([255, 0, 0], [0, 0, 255]), strict=True):
+            one.putpalette(colour * 256)
+    else:
+        shown[1].getexif()[0x0112] = 6  # to be turned by a quarter
+    both = encode_images(shown, encoder, "row")
+    for one, payload in zip(both, shown, strict=True):
+        wanted = encoder.encode(open_image(payload, "row"))
+        assert one.grid == wanted.grid and (one.pixels == wanted.pixels).all()
+    assert content_hash(shown[0], "row") != content_hash(shown[1], "row")
+
+
 def test_patches_beyond_the_cache_are_encoded_again(monkeypatch, encoder):
     first, second = (picture(colour) for colour in (RED, BLUE))
     size = encoder.encode(first).pixels.nbytes
     monkeypatch.setattr(images, "_CACHE", images._PatchCache(size))
     calls = []
     monkeypatch.setattr(images, "open_image", lambda payload, where: calls.append(payload) or open_image(payload, where))
-    stored = [StoredImage(one, encoder, "row") for one in (first, second)]
-    assert (stored[1].pixels == encoder.encode(second).pixels).all() and calls == [first, second]
-    assert (stored[0].pixels == encoder.encode(first).pixels).all() and calls == [first, second, first]
-    StoredImage(picture(RED), encoder, "another row")  # equal content, wherever it comes from
+    files = [encoded(one) for one in (first, second)]
+    stored = [StoredImage(one, encoder, "row") for one in files]
+    assert (stored[1].pixels == encoder.encode(second).pixels).all() and calls == files
+    assert (stored[0].pixels == encoder.encode(first).pixels).all() and calls == [*files, files[0]]
+    StoredImage(encoded(picture(RED)), encoder, "another row")  # equal content, wherever it comes from
     assert len(calls) == 3
 
 
@@ -334,6 +350,29 @@ def test_rows_of_text_and_images_share_one_parquet_file(tmp_path, tokenizer, enc
     first, second = read_conversations(ParquetSource(path="a.parquet"), tmp_path, seed=0)
     assert first.messages[0]["content"] == [IMAGE, TEXT, IMAGE] and len(encode_images(first.images, encoder, "row")) == 2
     assert second.messages[0]["content"] == "a <image> tag" and second.images == ()
+
+
+def test_rows_of_text_and_images_may_lie_in_files_of_their_own(tmp_path):
+    import datasets
+
+    def rows_of(*files):
+        for index, rows in enumerate(files):
+            table = datasets.Dataset.from_list(rows)
+            if rows[0].get("images"):
+                table = table.cast_column("images", datasets.List(datasets.Image()))
+            table.to_parquet(tmp_path / f"{index}.parquet")
+        source = ParquetSource(path="*.parquet")
+        return read_conversations(source, tmp_path, seed=0)
+
+    answer = {"role": "assistant", "content": "1"}
+    text = [{"messages": [{"role": "user", "content": "red?"}, answer]}]
+    shown = [{"messages": [{"role": "user", "content": "<image>red?"}, answer], "images": [{"bytes": encoded(picture()), "path": None}]}]
+    for others in (text, [{**text[0], "images": None}]):
+        assert [len(row.images) for row in rows_of(shown, others, others)] == [1, 0, 0]
+        assert [len(row.images) for row in rows_of(others, shown, others)] == [0, 1, 0]
+    parts = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "red?"}]}]}]
+    with pytest.raises(DataError, match=r"^\*.parquet: its column `messages` is .* in 0.parquet and .* in 1.parquet; write them alike"):
+        rows_of(text, parts, text)
 
 
 def test_images_of_tokenised_sources(folder, tokenizer, encoder):

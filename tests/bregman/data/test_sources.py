@@ -355,7 +355,12 @@ def test_conversation_errors_name_the_row(tmp_path, case):
 @pytest.mark.parametrize("write", [lambda folder, rows: write_jsonl(folder, *rows), write_parquet], ids=["jsonl", "parquet"])
 def test_tools_and_calls(tmp_path, write):
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    turns = [*chat("1+1"), {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "2"}, *chat("", "2")[1:]]
+    turns = [
+        *chat("1+1"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        *chat("", "2")[1:],
+    ]
     schema = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     rows = [{"messages": turns, "tools": [schema]}, {"messages": chat("1", "2"), "tools": None}]
     first, second = read_conversations(write(tmp_path, rows), tmp_path, seed=0)

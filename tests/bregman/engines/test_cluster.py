@@ -79,3 +79,35 @@ class TestWait:
 
     def test_servers_listen_on_loopback_only(self, actor):
         assert ray.util.get_node_ip_address() == "127.0.0.1"
+
+
+class TestRunAlone:
+    """A function in a process of its own. `actor` stands for the cluster."""
+
+    def test_results_come_back_and_every_call_has_a_new_process(self, actor):
+        calls = [cluster.run_alone(lambda a, *, b: (a + b, os.getpid()), 1, b=2, what="w", timeout=60) for _ in range(2)]
+        assert [result for result, _ in calls] == [3, 3]
+        assert len({os.getpid(), *(process for _, process in calls)}) == 3
+
+    def test_user_errors_arrive_as_they_were_raised(self, actor):
+        def fails():
+            raise DataError("row 7", "is empty", "drop it")
+
+        with pytest.raises(DataError, match="row 7: is empty; drop it"):
+            cluster.run_alone(fails, what="w", timeout=60)
+
+    def test_a_process_that_dies_is_named(self, actor):
+        with pytest.raises(ClusterError, match="stage dpo: its process died"):
+            cluster.run_alone(lambda: os._exit(1), what="stage dpo", timeout=60)
+
+    def test_a_missed_deadline_ends_the_process(self, actor, tmp_path):
+        def sleeps(path):
+            path.write_text(str(os.getpid()))
+            time.sleep(60)
+
+        with pytest.raises(ClusterError, match="stage dpo: no answer after .* raise the stage's timeout"):
+            cluster.run_alone(sleeps, tmp_path / "pid", what="stage dpo", timeout=5)
+        until = time.monotonic() + 20
+        while os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert time.monotonic() < until

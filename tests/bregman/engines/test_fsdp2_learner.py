@@ -241,12 +241,12 @@ def test_experts_train_and_keep_their_names_on_disk(name: str, per_layer: bool, 
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "start")
     monkeypatch.setattr(sharding, "SMALL_MODEL", 0 if per_layer else sharding.SMALL_MODEL)
     made = learner(tmp_path / "start")
-    assert_same_bits(load_file(tmp_path / "start" / "model.safetensors"), made._sharded.hub_weights(keep=True))
+    assert_same_bits(load_file(tmp_path / "start" / "model.safetensors"), dict(made._sharded.hub_weights(keep=True)))
     made.begin_iteration([minibatch(token_budget=40)])
     losses = [made.step(minibatch(token_budget=40), policy_loss, RATE).loss for _ in range(3)]
     assert losses[2] < losses[1] < losses[0]
     made.export(tmp_path / "end")
-    assert_same_bits(load_file(tmp_path / "end" / "model.safetensors"), made._sharded.hub_weights(keep=True))
+    assert_same_bits(load_file(tmp_path / "end" / "model.safetensors"), dict(made._sharded.hub_weights(keep=True)))
 
 
 def test_a_folder_without_a_model_is_a_user_error(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_engine_and_learner_agree_on_the_base(tmp_path: Path) -> None:
     model = tmp_path / "model"
     Qwen3ForCausalLM(config).float().save_pretrained(model)
     start = extended(model, tmp_path / "start", theta=50.0, positions=256)
-    settings = ClusterConfig(start_timeout=120, step_timeout=120)
+    settings = ClusterConfig(start_timeout=250, step_timeout=120)
     tokenizer = character_tokenizer("".join(map(chr, range(33, 97))))
     cluster.start(settings)
     try:

@@ -19,7 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from bregman.engines import cluster
 from bregman.engines.config import ClusterConfig, EngineConfig
 from bregman.engines.vllm_engine import GenerationRequest, VLLMEngine
-from bregman.engines.weight_sync import SharedMemoryWriter, folder_handle, read_tensors, resolve_backend
+from bregman.engines.weight_sync import SharedMemoryWriter, folder_handle, read_tensors, wire_dtype
 from bregman.errors import ClusterError, DataError
 
 
@@ -99,7 +99,29 @@ def test_no_space_left_names_the_place(writer, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(ClusterError, match="no space left") as caught:
         writer.write(tensors().items())
-    assert caught.value.where == str(writer.folder)
+    assert caught.value.where.endswith(f": {writer.folder}")
+
+
+def test_too_little_room_is_an_error_before_anything_is_written(writer):
+    handle = writer.write([("w", torch.zeros(4))])
+    with pytest.raises(ClusterError, match="9,000,000,000,000,000 bytes of weights do not fit"):
+        writer.write([("w", torch.ones(4))], expected_bytes=9 * 10**15)
+    assert dict(read_tensors(handle))["w"].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "travels"),
+    [
+        ("up_proj.weight", torch.zeros(2, 2), torch.bfloat16),
+        ("norm.weight", torch.zeros(2), torch.float32),
+        ("mlp.gate.e_score_correction_bias", torch.zeros(2), torch.float32),
+        ("mlp.gate.weight", torch.zeros(2, 2), torch.float32),
+        ("positions", torch.zeros(2, 2, dtype=torch.int64), torch.int64),
+    ],
+)
+def test_matrices_travel_in_the_dtype_of_the_engine(name, tensor, travels):
+    assert wire_dtype(name, tensor, torch.bfloat16) == travels
+    assert wire_dtype(name, tensor, None) == tensor.dtype
 
 
 def test_segments_of_killed_writers_are_removed_and_no_others(tmp_path):
@@ -137,12 +159,6 @@ def test_folders(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(DataError, match="not a readable safetensors file"):
         folder_handle(tmp_path)
-
-
-def test_gpu_only_backends_are_refused():
-    assert resolve_backend(EngineConfig(max_model_len=8)) == "shared_memory"
-    with pytest.raises(ClusterError, match="nccl"):
-        resolve_backend(EngineConfig(max_model_len=8, weight_sync="nccl"))
 
 
 # --- real engines ---
@@ -187,7 +203,7 @@ def engines(models):
             self.engines: dict[str, VLLMEngine] = {}
 
         def start(self, name: str, folder: str) -> None:
-            self.engines[name] = VLLMEngine(folder, ENGINE)
+            self.engines[name] = VLLMEngine(folder, ENGINE.model_copy(update={"dtype": "bfloat16"} if "bfloat16" in name else {}))
 
         def generate(self, name: str, requests: list[GenerationRequest]):
             return self.engines[name].generate(requests)
@@ -251,6 +267,18 @@ def test_synced_engine_equals_one_started_from_the_weights(engines, models, writ
     engines("start", "fresh", str(folder))
     engines("load_weights", "tied", writer.write(published(folder).items()), 1)
     assert engines("generate", "tied", requests()) == engines("generate", "fresh", requests())
+
+
+def test_rounding_before_the_way_is_rounding_on_arrival(engines, models, writer):
+    engines("start", "bfloat16", str(models["experts", "a"][1]))
+    sent = published(models["experts", "b"][1])
+    engines("load_weights", "bfloat16", writer.write(sent.items()), 1)
+    whole = engines("generate", "bfloat16", requests())
+    rounded = {name: tensor.to(wire_dtype(name, tensor, torch.bfloat16)) for name, tensor in sent.items()}
+    handle = writer.write(rounded.items())
+    assert handle.num_bytes < 0.6 * sum(4 * tensor.numel() for tensor in sent.values())
+    engines("load_weights", "bfloat16", handle, 2)
+    assert engines("generate", "bfloat16", requests()) == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -209,6 +209,19 @@ def test_chat_template_text() -> None:
     assert rendered.endswith("<|im_system|>tool<|im_middle|>3<|im_end|>")
 
 
+def test_calls_are_trained() -> None:
+    tokenizer = tiny_tokenizer("")
+    called = [
+        {"type": "function", "function": {"name": name, "arguments": value}} for name, value in (("f", '{"a": 1}'), ("g", {"b": "é"}))
+    ]
+    messages = [MESSAGES[1], {"role": "assistant", "content": "", "tool_calls": called}, {"role": "tool", "content": "3"}, MESSAGES[2]]
+    sequence = tokenize_conversation(tokenizer, messages, tools=[{"type": "function", "function": {"name": "f"}}])
+    f = '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>'
+    g = '<|tool_call_begin|>functions.g:1<|tool_call_argument_begin|>{"b": "é"}<|tool_call_end|>'
+    answers = f"<|tool_calls_section_begin|>{f}{g}<|tool_calls_section_end|><|im_end|>◁think▷one more◁/think▷2<|im_end|>"
+    assert tokenizer.decode(sequence.token_ids[sequence.loss_mask]) == answers
+
+
 def test_default_system_message() -> None:
     tokenizer = tiny_tokenizer("")
     opening = "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"

@@ -27,8 +27,10 @@ from bregman.models.kimi_vl.modeling import KimiVLForConditionalGeneration, regi
 from bregman.models.kimi_vl.moonvit import MoonViT, PositionEmbedding, rotary_2d, rotate
 from bregman.models.kimi_vl.projector import merge_order
 from bregman.models.loading import load_policy
+from bregman.models.meta import meta_model
 from bregman.models.policy import PolicyModel
 from bregman.models.tiny.kimi_vl import shapes
+from bregman.models.vision import load_image_encoder
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,31 @@ def test_a_published_config_without_model_types_loads(folder: Path, tmp_path: Pa
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     batch = one_pack(sequence(image(2, 2)))
     assert torch.equal(load_policy(tmp_path / "m")(**arguments(batch)), policy(**arguments(batch)))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("vision_config", {"num_attention_heads": 3}, r"hidden_size \(32\) is no multiple of 4 x num_attention_heads \(3\)"),
+        ("vision_config", {"merge_kernel_size": [2]}, r"merge_kernel_size is \[2\], not \[rows, columns\]"),
+        ("text_config", {"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+        ("text_config", {"hidden_act": "none"}, "none"),
+        ("text_config", None, "text_config is a list, not an object"),
+        (None, None, "model_type"),
+    ],
+)
+def test_malformed_configurations_are_one_line_errors(folder: Path, tmp_path: Path, part: str, changes: dict, message: str) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    if part:
+        config[part] = {**config[part], **changes} if changes else [1]
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(config if part else [config]))
+    for load in (lambda: load_policy(file.parent), lambda: meta_model(file)):
+        with pytest.raises(DataError, match=message) as error:
+            load()
+        assert "\n" not in str(error.value)
+    assert part or load_image_encoder(file.parent) is None  # whoever loads the model says what is wrong
 
 
 def test_auto_classes_know_the_model_where_vllm_does_not_need_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from kimi_vl_cases import image, make_model, nll_loss, sequence
+from kimi_vl_cases import arguments, image, make_model, nll_loss, one_pack, sequence
 from safetensors.torch import load_file
 
 from bregman.data.packing import pack
 from bregman.engines import sharding
-from bregman.engines.config import AdamWConfig, LearnerConfig, ModelPart, ModelTraining
+from bregman.engines.config import AdamWConfig, LearnerConfig, ModelPart, ModelTraining, MuonConfig
 from bregman.engines.fsdp2_learner import FSDP2Learner
 from bregman.engines.weight_sync import read_tensors
 from bregman.errors import RecipeError
@@ -44,9 +44,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "kimi")
 
 
-def learner(model: Path, *, rank: int = 0, world_size: int = 1, training: dict[str, Any] | None = None, **settings: Any) -> FSDP2Learner:
+def learner(
+    model: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    training: dict[str, Any] | None = None,
+    optimizer: AdamWConfig | MuonConfig = OPTIMIZER,
+    **settings: Any,
+) -> FSDP2Learner:
     made = FSDP2Learner(LearnerConfig(**settings), rank=rank, world_size=world_size, device=torch.device("cpu"))
-    made.begin_stage(model, OPTIMIZER, training=ModelTraining(**training or {}))
+    made.begin_stage(model, optimizer, training=ModelTraining(**training or {}))
     return made
 
 
@@ -102,13 +110,16 @@ def test_frozen_parts_do_not_change(model: Path, train: list[ModelPart]) -> None
     assert {part_of(name) for name in made._optimizer._state} == set(train)
 
 
-def test_a_text_model_has_no_vision_tower(tmp_path: Path) -> None:
+def test_a_text_model_has_no_vision_side(tmp_path: Path) -> None:
     from bregman.models.config import TinyQwen3Config
     from bregman.models.tiny.make import make_tiny_qwen3
 
     make_tiny_qwen3(TinyQwen3Config(alphabet="01", num_layers=1), 0, tmp_path / "text")
     with pytest.raises(RecipeError, match="this model has no vision_tower, only language_model"):
         learner(tmp_path / "text", training={"train": ["language_model", "vision_tower"]})
+    policy = load_policy(tmp_path / "text")
+    with pytest.raises(ValueError, match="the pack has images and .* is a text model"):
+        policy(**arguments(one_pack(sequence(image(2, 2)))))
 
 
 def test_published_and_exported_weights_have_the_names_on_disk(model: Path, tmp_path: Path) -> None:
@@ -188,6 +199,26 @@ def test_a_checkpoint_holds_the_router_bias(model: Path, tmp_path: Path) -> None
     other.load_checkpoint(tmp_path / "c")
     found = weights(other)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_muon_with_frozen_parts_goes_on_from_a_checkpoint(model: Path, tmp_path: Path) -> None:
+    """The projector at twice the rate, the encoder frozen; two steps in a row are one step, a checkpoint and another."""
+    settings: dict[str, Any] = {
+        "training": {"train": ["projector", "language_model"], "router_bias_rate": 0.01},
+        "optimizer": MuonConfig(learning_rate=1e-3, learning_rates={"projector": 2e-3}),
+    }
+    made = learner(model, **settings)
+    before = weights(made)
+    made.step(with_images(), nll_loss, 1e-3)
+    (tmp_path / "c").mkdir()
+    made.save_checkpoint(tmp_path / "c")
+    made.step(text_only() + with_images(), nll_loss, 1e-3)
+    other = learner(model, **settings)
+    other.load_checkpoint(tmp_path / "c")
+    other.step(text_only() + with_images(), nll_loss, 1e-3)
+    expected, found = weights(made), weights(other)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert {part_of(name) for name in before if not torch.equal(before[name], expected[name])} == {"projector", "language_model"}
 
 
 # Ranks --------------------------------------------------------------------------------------------------------------------------------

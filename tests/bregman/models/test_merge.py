@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from kimi_vl_cases import CONFIG
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from bregman.errors import DataError
+from bregman.models.kimi_vl.tokenizer import IMAGE_PLACEHOLDER
+from bregman.models.loading import load_policy
 from bregman.models.merge import merge_models
+from bregman.models.tiny.kimi_vl import make_tiny_kimi_vl
+from bregman.models.vision import load_image_encoder
+from recipes.models import load_tokenizer
 
 
 def make(folder: Path, seed: int, *, dtype: torch.dtype = torch.float32, shard: str = "1GB", width: int = 16) -> Path:
@@ -31,6 +37,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_is_the_weighted_average(tmp_path: Path, dtype: torch.dtype, first: str, second: str) -> None:
     folders = [make(tmp_path / "a", 0, dtype=dtype, shard=first), make(tmp_path / "b", 1, dtype=dtype, shard=second)]
     (folders[0] / "tokenizer.json").write_text("{}")
+    (folders[0] / "pytorch_model.bin").write_text("the weights of the first alone")
     count = merge_models(folders, [3.0, 1.0], tmp_path / "out")
     a, b, merged = (tensors(folder) for folder in (*folders, tmp_path / "out"))
     assert count == len(merged) == len(a)
@@ -38,6 +45,7 @@ def test_is_the_weighted_average(tmp_path: Path, dtype: torch.dtype, first: str,
         assert tensor.dtype == dtype
         assert torch.equal(tensor, (0.75 * a[name].double() + 0.25 * b[name].double()).to(dtype)), name
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in merged.items())
 
@@ -56,6 +64,21 @@ def test_integers_are_the_first_models(tmp_path: Path) -> None:
     merged = tensors(tmp_path / "out")
     assert merged["w"].tolist() == [0.5, 0.5]
     assert merged["steps"].tolist() == [5]
+
+
+def test_a_merged_kimi_vl_opens_like_one(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        make_tiny_kimi_vl(CONFIG, seed, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["language_model.model.layers.1.mlp.gate.e_score_correction_bias"].fill_(seed)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    merge_models(folders, [1.0, 3.0], tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in folders[0].iterdir()}
+    router = load_policy(tmp_path / "out").model.language_model.model.layers[1].mlp.gate
+    assert router.e_score_correction_bias.tolist() == [0.75] * CONFIG.num_experts
+    tokenizer, encoder = load_tokenizer(tmp_path / "out"), load_image_encoder(tmp_path / "out")
+    assert encoder is not None and tokenizer.get_vocab()[IMAGE_PLACEHOLDER] == encoder.placeholder_id
 
 
 @pytest.mark.parametrize("case", ["width", "missing", "folder", "broken", "index"])

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from fake_run import RECIPE, record_run
 
-from bregman.tracking.charts import write_learning_curve
+from bregman.tracking.charts import is_rl, stage_charts, write_learning_curve
 from bregman.tracking.report import write_report
-from bregman.tracking.run_data import read_run, sample_rollouts
+from bregman.tracking.run_data import Curve, StageData, read_run, sample_rollouts
 from bregman.tracking.run_folder import RunFolder
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -138,3 +138,26 @@ def test_learning_curve_ends_with_the_evaluation_after_rl(fake_run: Path, tmp_pa
     assert "held-out problems 0.97 at 40" in text
     assert "after joint_sft 0.19 at 0" in text
     assert os.path.getsize(path) < 60_000
+
+
+def _begun(kind: str, *names: str) -> StageData:
+    curves = {name: Curve(steps=(0, 1), values=(0.5, 0.6)) for name in names}
+    return StageData(name=kind, kind=kind, planned_steps=None, summary=None, curves=curves)
+
+
+@pytest.mark.parametrize(
+    ("stage", "titles"),
+    [
+        (_begun("merge"), []),
+        (_begun("rejection", "fate/kept"), []),  # it took the samples of another stage
+        (_begun("rejection", "response_tokens/mean", "accuracy"), ["Share of samples, by chunk", "Mean response length, tokens"]),
+        (
+            _begun("dpo", "loss", "dpo/margins", "dpo/accuracies"),
+            ["Loss of a pair, nats", "Implicit reward of an answer: beta x log-ratio, nats", "Share of pairs in their order"],
+        ),
+        (_begun("sft", "loss"), ["Loss per trained token, nats"]),
+    ],
+)
+def test_stages_that_sample_or_prefer_are_not_taken_for_rl(stage: StageData, titles: list[str]) -> None:
+    assert not is_rl(stage)
+    assert [re.search('aria-label="(.*?)"', figure)[1] for figure in stage_charts(stage)] == titles
