@@ -1,4 +1,4 @@
-# What a newcomer runs: `make demo` and `make test`. Both set up .venv first.
+# What a newcomer runs: `make demo`, `make demo-vision` and `make test`. Each sets up .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
@@ -6,13 +6,16 @@ export PYTHON VENV
 # One OpenMP thread per process: several worker processes share the cores.
 RUN = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo demo-vision test test-slow lint bench clean
 
 setup:
 	@bash .ci/setup.sh
 
 demo: setup
 	$(RUN)/bregman run recipes/tiny_thinking/recipe.yaml
+
+demo-vision: setup
+	$(RUN)/bregman run recipes/tiny_kimi_vl/recipe.yaml
 
 test: setup lint
 	$(RUN)/python -m pytest -m "not slow"
@@ -32,6 +35,12 @@ bench: setup
 	$(RUN)/python benchmarks/weight_sync.py
 	$(RUN)/python benchmarks/rl_step.py
 	$(RUN)/python benchmarks/reward_workers.py
+	$(RUN)/python benchmarks/sft_step.py
+	$(RUN)/python benchmarks/sft_data.py
+	$(RUN)/python benchmarks/chunked_logprob.py
+	$(RUN)/python benchmarks/kimi_vl_parity.py
+	$(RUN)/python benchmarks/kimi_vl_learner.py
+	$(RUN)/python benchmarks/tiny_kimi_vl_seeds.py
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache .mypy_cache
