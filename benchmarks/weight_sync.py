@@ -9,7 +9,7 @@ import argparse
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -35,7 +35,7 @@ class InMemoryLearner:
         return self.writer.write(self.model.named_parameters())
 
 
-def measure(name: str, repeats: int, config: ClusterConfig) -> None:
+def measure(name: str, how: Literal["shared_memory", "relay"], repeats: int, config: ClusterConfig) -> None:
     shape = SIZES[name]
     heads = shape["num_attention_heads"]
     model = Qwen3ForCausalLM(
@@ -45,19 +45,22 @@ def measure(name: str, repeats: int, config: ClusterConfig) -> None:
     tokenizer: Any = None  # nothing is decoded here
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        workers = RolloutWorkers.start(Path(folder), EngineConfig(max_model_len=128), config, tokenizer=tokenizer, stop_token_ids=())
+        workers = RolloutWorkers.start(
+            Path(folder), EngineConfig(max_model_len=128, weight_sync=how), config, tokenizer=tokenizer, stop_token_ids=()
+        )
         workers.ready()
     try:
         timings = [workers.load_weights(learner, version) for version in range(repeats + 2)][2:]
     finally:
         workers.close()
         learner.writer.close()
-    parts = {key: 1000 * statistics.median(timing[key] for timing in timings) for key in ("total", "publish", "load", "caches")}
+    parts = {key: 1000 * statistics.median(timing[key] for timing in timings) for key in ("total", "publish", "relay", "load", "caches")}
     size = sum(parameter.numel() for parameter in model.parameters())
     slowest = 1000 * max(timing["total"] for timing in timings)
     print(
-        f"weight sync, {size / 1e6:.2f}M parameters ({4 * size / 1e6:.1f} MB): {parts['total']:.1f} ms (publish {parts['publish']:.1f}, "
-        f"load {parts['load']:.1f}, caches {parts['caches']:.1f}; median of {repeats}, slowest {slowest:.1f})"
+        f"weight sync by {how}, {size / 1e6:.2f}M parameters ({4 * size / 1e6:.1f} MB): {parts['total']:.1f} ms "
+        f"(publish {parts['publish']:.1f}, relay {parts['relay']:.1f}, load {parts['load']:.1f}, caches {parts['caches']:.1f}; "
+        f"median of {repeats}, slowest {slowest:.1f})"
     )
 
 
@@ -69,7 +72,8 @@ def main() -> None:
     cluster.start(config)
     try:
         for name in SIZES:
-            measure(name, options.repeats, config)
+            measure(name, "shared_memory", options.repeats, config)
+            measure(name, "relay", options.repeats, config)
     finally:
         cluster.stop()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from rewards.math_text import costly, key, normal_form, sides, without_name
+from rewards.math_text import buried, costly, key, normal_form, sides, without_name
 from rewards.math_units import split_unit
 from rewards.normal import latex_characters
 from rewards.text import completion_text, split_thinking
@@ -83,7 +83,7 @@ def _verdict(gold: str, answer: str, boxed: bool, parse_seconds: int, verify_sec
         return 1.0 if key(given) == key(wanted) else _compared(wanted, given, parse_seconds, verify_seconds)
     if key(normal_form(answer)) == key(wanted):
         return 1.0
-    if costly(wanted):
+    if costly(wanted) or buried(answer):
         return 0.0
     # The expression is somewhere in the text, so that only its characters can be made plain.
     parsed_gold = _parse_gold(split_unit(wanted)[0], parse_seconds)

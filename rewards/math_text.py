@@ -20,6 +20,7 @@ _SEPARATOR = r"(?:,|\{,\}|,\\!|\\[,;:! ]|~| )"
 _THOUSANDS = re.compile(rf"(?<![\d.])\d{{1,3}}({_SEPARATOR})\d{{3}}(?:\1\d{{3}})*(?![\d])")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox)\s*\{([^{}]*)\}")
 
+_BURIED = re.compile(rf"(?:[(\[{{]\s*){{{DEEPEST + 1}}}")
 _COSTLY = re.compile(
     "|".join(
         [
@@ -79,6 +80,12 @@ def costly(text: str) -> bool:
         return True
     towers = ((int(low), int(high)) for low, high in _TOWER.findall(text) if len(low) < 9 and len(high) < 9)
     return any(low > 1 and high * log10(low) >= LARGEST_EXPONENT - 1 for low, high in towers)
+
+
+def buried(text: str) -> bool:
+    """Whether a whole text has brackets opened right within brackets, deeper than an answer may. Looser than `costly`: prose does not
+    close every bracket that it opens."""
+    return _BURIED.search(text) is not None
 
 
 def sides(answer: str) -> list[str]:

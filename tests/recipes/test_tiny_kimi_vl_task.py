@@ -24,7 +24,9 @@ OWN = ("task", "scans", "drawing")
 @pytest.fixture(scope="module")
 def task() -> Iterator[ModuleType]:
     """The recipe's `task.py`, imported as a run does: with the files beside it within reach."""
-    sys.path.append(str(FOLDER))
+    for name in OWN:  # another test may have imported modules of these names
+        sys.modules.pop(name, None)
+    sys.path.insert(0, str(FOLDER))
     try:
         yield importlib.import_module("task")
     finally:

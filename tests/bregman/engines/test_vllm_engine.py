@@ -176,7 +176,7 @@ class PublishedWeights:
     def __init__(self, model) -> None:
         self.writer, self.model = SharedMemoryWriter(), model
 
-    def publish_weights(self):
+    def publish_weights(self, engine_dtype):
         return self.writer.write(self.model.named_parameters())
 
 
@@ -189,7 +189,7 @@ def test_a_killed_worker_is_replaced_with_the_weights_last_loaded(workers, model
     changed = Qwen3ForCausalLM(model.config).float().eval()
     learner = PublishedWeights(changed)
     timings = workers.load_weights(learner, 8)
-    assert set(timings) == {"publish", "load", "caches", "total"}
+    assert set(timings) == {"publish", "relay", "load", "caches", "total"}
     sampling = SamplingConfig(num_samples=4, max_tokens=32)
     before = workers.rollout(problems(), sampling, seed=1)
     notes: list[str] = []
