@@ -19,8 +19,8 @@ COLOURS = {"red": (215, 45, 40), "green": (40, 160, 60), "blue": (45, 80, 215)}
 SHAPES = ("circle", "square", "triangle")
 
 BOARD = (110, 145)
-"""Range of a background's colour values, around the grey that is zero to a model: on white paper, the brightness of the paper drowns
-what is drawn on it, and a small model with a high learning rate never learns to read."""
+"""Range of a background's colour values, around the grey that is zero to a model: on light paper, whose brightness outweighs what is
+drawn on it, characters are learned several times later, or at a high learning rate not at all."""
 
 BAR_CELLS, BAR_UNIT = 3, 9
 """Width of a bar chart in cells, and pixels per unit of a bar's length: nine units fill it."""
